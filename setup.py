@@ -25,6 +25,6 @@ setup(
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
-    entry_points={"console_scripts": cfg["console_scripts"].split()},
+    entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": ["anomnb=anomnb._modidx:d"]},
     zip_safe=False,
 )

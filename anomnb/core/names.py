@@ -23,7 +23,7 @@ NAMES = {
     "metrics": {n: f"anomnb.metrics.{m}:{n}" for m, ns in {
         "ranking": ["auroc", "f1_max", "roc_curve"], "pixel": ["PixelScores", "aupro", "pixel_auroc"]}.items() for n in ns},
     "data": {n: f"anomnb.data.{m}:{n}" for m, ns in {
-        "read": ["read_image", "read_mask", "Item"], "toy": ["draw_toy", "Toy"], "folder": ["Folder"],
+        "read": ["read_image", "read_mask", "Item"], "toy": ["draw_toy"], "folder": ["Folder", "Toy", "Images"],
         "splits": ["split_good"], "loader": ["make_loader"]}.items() for n in ns},
     "processing": {n: f"anomnb.processing.{m}:{n}" for m, ns in {
         "decision": ["DecisionRule", "decide", "max_good"], "pre": ["Pre"]}.items() for n in ns},

@@ -33,6 +33,7 @@ class Batch:
     index:list = field(default_factory=list) # place in the data set
     items:list = field(default_factory=list) # what was read, to read it again
     errors:list = field(default_factory=list) # per image: why it could not be read, or None
+    hashes:list = field(default_factory=list) # SHA-256 of the decoded pixels, where asked for
     extras:dict = field(default_factory=dict) # depth and the like
     meta:dict = field(default_factory=dict)
     def __len__(self): return len(self.sources)

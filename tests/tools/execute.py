@@ -1,52 +1,40 @@
-"""Execute notebooks and store their outputs: `python tests/tools/execute.py [nbs/room/NN_name.ipynb ...]` (all pages when none is named)."""
+"""Execute notebooks and store their outputs: `python tests/tools/execute.py [nbs/room/NN_name.ipynb ...]` (all when none is named)."""
 import os
 import sys
-import warnings
 from pathlib import Path
 
-from execnb.nbio import read_nb, write_nb
-from execnb.shell import CaptureShell
-from fastcore.xtras import working_directory
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def skipped(cell) -> bool:
-    "Cells that hold nothing to run, or say `#| eval: false`"
-    return cell.cell_type != "code" or "#| eval: false" in "".join(cell.source)
+from execnb.nbio import write_nb
+from project import pages
+from runner import run_page
 
 
 def execute(path: Path) -> bool:
-    "Run one page in its own folder and write it back with fresh outputs; on an error nothing is written"
-    nb, shell = read_nb(path), CaptureShell(path)
-    with working_directory(path.parent):
-        try:
-            shell.run_all(nb, exc_stop=True, preproc=skipped)
-        except BaseException:
-            print(shell.prettytb(fname=path), file=sys.stderr)
-            return False
+    "Run one page and write it back with fresh outputs; on an error nothing is written"
+    nb, error = run_page(path)
+    if error:
+        print(error, file=sys.stderr)
+        return False
     for cell in nb.cells:
         if cell.cell_type == "code":
             cell.execution_count = None
+            for output in cell.outputs:
+                if "execution_count" in output:
+                    output.execution_count = None
     write_nb(nb, path)
     return True
 
 
 def main(names):
-    warnings.filterwarnings("ignore")
-    pages = [Path(n).resolve() for n in names] or sorted((ROOT / "nbs").rglob("[!_.]*.ipynb"))
-    sys.path.insert(0, str(ROOT))
-    failed = []
-    for page in pages:  # one process a page, so that no state leaks from one to the next
-        pid = os.fork() if len(pages) > 1 else 0
+    chosen, failed = [Path(n).resolve() for n in names] or pages(), []
+    for page in chosen:  # one process a page, so that no state leaks from one to the next
+        pid = os.fork()
         if pid == 0:
             ok = execute(page)
-            if len(pages) > 1:
-                os._exit(0 if ok else 1)
-            sys.exit(0 if ok else 1)
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(0 if ok else 1)
         if os.waitpid(pid, 0)[1]:
             failed.append(page.name)
-    print(f"{len(pages) - len(failed)} pages executed", *(f"FAILED {f}" for f in failed), sep="\n")
+    print(f"{len(chosen) - len(failed)} pages executed", *(f"FAILED {f}" for f in failed), sep="\n")
     sys.exit(bool(failed))
 
 

@@ -1,0 +1,219 @@
+"""The ranking metrics against naive code: random input with ties, ignored pixels, single classes, shards, bad input."""
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from anomnb.core.errors import AnomnbError
+from anomnb.metrics.pixel import PixelScores, _ordered, aupro, pixel_auroc
+from anomnb.metrics.ranking import auroc, f1_max, roc_curve
+
+CLOSE = dict(rel=0, abs=1e-12)  # float64 sums of some thousand terms in [0, 1]
+
+
+def images(seed):
+    "Scores in float32, from many ties to none, and labels with both classes"
+    g = np.random.default_rng(seed)
+    n = int(g.integers(2, 60))
+    scores = np.round(g.normal(size=n), int(g.integers(0, 5))).astype(np.float32)
+    labels = g.integers(0, 2, n)
+    labels[:2] = 0, 1
+    return scores, labels
+
+
+def f1_at(scores, labels, t):
+    above = scores > t
+    return 2 * (above & (labels == 1)).sum() / max(above.sum() + labels.sum(), 1)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_ranking_against_naive(seed):
+    s, y = images(seed)
+    pairs = [(b > g) + (b == g) / 2 for b in s[y == 1] for g in s[y == 0]]
+    assert auroc(s, y) == sum(pairs) / len(pairs)  # halves add up exactly
+    assert auroc(-s, y) == pytest.approx(1 - auroc(s, y), **CLOSE)
+
+    fpr, tpr, ts = roc_curve(s, y)
+    assert (fpr[0], tpr[0], fpr[-1], tpr[-1]) == (0, 0, 1, 1) and (np.diff(ts) < 0).all()
+    for x, h, t in zip(fpr, tpr, ts):
+        assert x == (s[y == 0] > t).mean() and h == (s[y == 1] > t).mean()
+    assert np.sum(np.diff(fpr) * (tpr[1:] + tpr[:-1]) / 2) == pytest.approx(auroc(s, y), **CLOSE)
+
+    f1, t = f1_max(s, y)
+    assert f1 == max(f1_at(s, y, o) for o in [-np.inf, *s])
+    for form in (t, np.float32(t), np.float64(t)):  # a threshold may be stored in either precision
+        assert f1_at(s, y, form) == f1
+
+
+@pytest.mark.parametrize("scale", [1e-45, 1e-40, 1.0, 1e30])
+def test_f1_threshold_between_neighbours(scale):
+    low = np.float32(scale)
+    high = np.nextafter(low, np.float32(np.inf))
+    for s in ([low, high], [-high, -low]):
+        s, y = np.array(s), np.array([0, 1])
+        f1, t = f1_max(s, y)
+        assert f1 == 1 and f1_at(s, y, t) == 1 and f1_at(s, y, np.float32(t)) == 1
+
+
+def test_f1_takes_the_highest_of_equal_thresholds():
+    assert f1_max([3, 2, 1, 0], [1, 0, 1, 1])[0] == pytest.approx(6 / 7)
+    f1, t = f1_max([4, 3, 2, 1], [1, 0, 0, 1])  # above 3: 2/3, above all: 2/3
+    assert f1 == pytest.approx(2 / 3) and 3 <= t < 4
+    f1, t = f1_max(np.array([1e300, 2e300]), [0, 1])  # beyond float32
+    assert f1 == 1 and 1e300 <= t < 2e300
+
+
+def test_ranking_takes_lists_and_booleans():
+    assert auroc([1, 2], [False, True]) == auroc((1.0, 2.0), np.array([0.0, 1.0])) == 1.0
+    assert auroc([-0.0, 0.0], [0, 1]) == 0.5
+
+
+@pytest.mark.parametrize("metric", [roc_curve, auroc, f1_max])
+@pytest.mark.parametrize("scores, labels, text", [
+    ([1, np.nan, 3], [0, 1, 1], "nan at index 1"), ([1, 2, np.inf], [0, 1, 1], "inf at index 2"),
+    ([1, 2], [0, 1, 1], "2 scores and 3 labels"),
+    ([1, 2], [0, 0], "2 good, 0 anomalous: add anomalous"),
+    ([1, 2], [1, 1], "0 good, 2 anomalous: add good"), ([], [], "0 good, 0 anomalous"),
+    ([1, 2], [0, None], "label is None"), ([1, 2], [0, 2], "label is 2"), ([1, 2], ["good", "bad"], "label is 'good'"),
+    (["a", "b"], [0, 1], "numbers"), ([None, 1], [0, 1], "nan at index 0")])
+def test_ranking_names_bad_input(metric, scores, labels, text):
+    with pytest.raises(AnomnbError, match=text):
+        metric(scores, labels)
+
+
+def parts(seed, n=5, digits=None):
+    "Maps and masks of several sizes with touching corners, ignored pixels, all-good, all-ignored and empty ones"
+    g = np.random.default_rng(seed)
+    digits = int(g.integers(0, 4)) if digits is None else digits
+    maps, masks = [], []
+    for k in range(n):
+        shape = tuple(g.integers(3, 14, 2))
+        mask = (g.random(shape) < g.choice([0, .1, .4, 1])).astype(np.int32) * g.integers(1, 9, shape, dtype=np.int32)
+        mask[g.random(shape) < .1] = -1
+        maps.append(np.round(g.normal(size=shape) + (mask > 0) * g.normal(), digits).astype(np.float32))
+        masks.append(None if k == 2 else mask)
+    masks[0][0, 0], masks[0][1:, 1:] = 1, 0
+    return maps, masks
+
+
+def slow(maps, masks, limit=.3):
+    "Pixel AUROC by all pairs and AUPRO by thresholding at every distinct score"
+    masks = [np.zeros(s.shape, int) if m is None else m for s, m in zip(maps, masks)]
+    good, bad = (np.concatenate([s[f(m)] for s, m in zip(maps, masks)]) for f in (lambda m: m == 0, lambda m: m > 0))
+    labelled = [(s, *ndimage.label(m > 0, np.ones((3, 3)))) for s, m in zip(maps, masks)]
+    regions = [s[lab == k] for s, lab, n in labelled for k in range(1, n + 1)]
+    at = [np.inf, *np.unique(np.r_[good, bad])[::-1]]
+    x, y = np.array([(good >= t).mean() for t in at]), np.array([np.mean([(r >= t).mean() for r in regions]) for t in at])
+    k = int((x <= limit).sum())
+    if k < len(x):
+        x, y = np.r_[x[:k], limit], np.r_[y[:k], y[k-1] + (y[k] - y[k-1]) * (limit - x[k-1]) / (x[k] - x[k-1])]
+    pairs = (bad[:, None] > good).sum() + (bad[:, None] == good).sum() / 2
+    return {"pixel_AUROC": pairs / good.size / bad.size, "pixel_AUPRO": np.sum(np.diff(x) * (y[1:] + y[:-1]) / 2) / limit}
+
+
+def gathered(maps, masks, limit=.3):
+    pixels = PixelScores(limit)
+    for s, m in zip(maps, masks):
+        pixels.update(s, m)
+    return pixels
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_pixels_against_naive(seed, monkeypatch):
+    maps, masks = parts(seed)
+    limit = (.3, .05, 1., .01)[seed % 4]
+    monkeypatch.setattr("anomnb.metrics.pixel._PART", (7, 64, 1 << 16)[seed % 3])  # tie groups cross the parts of a pass
+    monkeypatch.setattr("anomnb.metrics.pixel._BLOCK", (100, 1 << 23)[seed % 2])
+    found = gathered(maps, masks, limit).compute()
+    assert found == pytest.approx(slow(maps, masks, limit), **CLOSE)
+    assert aupro(maps, masks, limit) == found["pixel_AUPRO"] and pixel_auroc(maps, masks) == found["pixel_AUROC"]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_shards_and_order(seed):
+    maps, masks = parts(seed, n=6)
+    whole = gathered(maps, masks).compute()
+    shards = [pickle.loads(pickle.dumps(gathered(maps[k::3], masks[k::3]))) for k in range(3)]
+    alone = [o.compute() for o in shards]  # computing sorts in place and spoils nothing
+    total = PixelScores().merge(shards[2]).merge(shards[0]).merge(shards[1])
+    assert total.compute() == pytest.approx(whole, **CLOSE) and total.compute() == total.compute()
+    assert [o.compute() for o in shards] == alone
+    more = gathered(maps[:3], masks[:3])
+    more.compute()
+    for s, m in zip(maps[3:], masks[3:]):
+        more.update(s, m)
+    assert more.compute() == pytest.approx(whole, **CLOSE)
+
+
+def test_one_score_everywhere_is_chance():
+    mask = np.zeros((300, 300), np.int32)
+    mask[:10, :10] = 1
+    mask[20:21, 20:21] = 2
+    found = gathered([np.full(mask.shape, .7)], [mask]).compute()
+    assert found == pytest.approx({"pixel_AUROC": .5, "pixel_AUPRO": .15}, **CLOSE)  # the line PRO = rate
+
+
+def test_a_perfect_map_and_its_opposite():
+    mask = np.eye(20, dtype=np.uint8) * 255
+    assert gathered([mask * 1.], [mask]).compute() == {"pixel_AUROC": 1., "pixel_AUPRO": 1.}
+    assert gathered([mask * -1.], [mask > 0]).compute() == {"pixel_AUROC": 0., "pixel_AUPRO": 0.}
+    assert gathered([mask * 1.], [mask]).n_regions == 1  # a diagonal is one region: corners touch
+
+
+def test_touching_kinds_are_one_region():
+    assert gathered([np.zeros((4, 4))], [np.arange(16).reshape(4, 4)]).n_regions == 1
+
+
+def test_keys_keep_the_order_of_floats():
+    s = np.random.default_rng(0).integers(0, 1 << 32, 20_000, dtype=np.uint64).astype(np.uint32).view(np.float32)
+    s = np.sort(np.r_[s[np.isfinite(s)], np.float32([0, -0.0])])
+    k = _ordered(s).astype(np.int64)
+    assert ((np.diff(k) > 0) == (np.diff(s.astype(np.float64)) > 0)).all() and (np.diff(k) >= 0).all()
+
+
+def test_strided_maps_are_read_as_they_look():
+    g = np.random.default_rng(3)
+    s, m = g.normal(size=(8, 12)).astype(np.float32), g.integers(-1, 2, (8, 12))
+    plain = gathered([s], [m]).compute()
+    assert gathered([np.asfortranarray(s)], [m]).compute() == plain
+    assert gathered([np.repeat(s, 2, 1)[:, ::2]], [np.asfortranarray(m)]).compute() == plain
+
+
+def test_missing_says_why():
+    flat, none, full = np.zeros((4, 4), np.float32), np.zeros((4, 4), int), np.ones((4, 4), int)
+    for pixels, text in [(PixelScores(), "no map"), (gathered([flat] * 2, [None, none]), "no pixel is marked as a defect in any of 2"),
+                         (gathered([flat], [full]), "no pixel is good"), (gathered([flat], [-full]), "no pixel is marked")]:
+        assert pixels.compute() == {} and set(pixels.missing) == {"pixel_AUROC", "pixel_AUPRO"}
+        assert all(text in o for o in pixels.missing.values())
+        pixels.update(flat, np.eye(4, dtype=int))
+        assert len(pixels.compute()) == 2 and pixels.missing == {}
+
+
+@pytest.mark.parametrize("score, mask, text", [
+    (np.full((3, 4), np.nan), None, "12 pixels that are not finite"), (np.full((3, 4), 1e39), None, "not finite in float32"),
+    (np.zeros((3, 4)), np.zeros((4, 3), int), r"map is \(3, 4\) and its mask \(4, 3\)"),
+    (np.zeros((3, 4)), np.zeros((1, 3, 4), int), r"\(1, 3, 4\)"),
+    (np.zeros((1, 3, 4)), None, r"shape \(1, 3, 4\)"), (np.zeros((3, 4)), np.zeros((3, 4)), "float64"),
+    (None, None, "a map"), ([["x"]], None, "a map")])
+def test_pixels_name_bad_input(score, mask, text):
+    pixels = PixelScores()
+    with pytest.raises(AnomnbError, match=text):
+        pixels.update(score, mask)
+    assert pixels.n_regions == 0 and pixels.compute() == {}  # nothing half-added
+
+
+def test_bad_limits_and_lengths():
+    for limit in (0, -.1, 1.1, 30, float("nan")):
+        with pytest.raises(AnomnbError, match="limit"):
+            PixelScores(limit)
+    for maps, masks in [([np.zeros((2, 2))], []), ([], [None])]:
+        with pytest.raises(AnomnbError, match="there are more"):
+            aupro(maps, masks)
+
+
+def test_no_torch():
+    code = "import sys; sys.modules['torch'] = None; import anomnb.metrics.ranking, anomnb.metrics.pixel"
+    subprocess.run([sys.executable, "-c", code], check=True)
