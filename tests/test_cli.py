@@ -74,7 +74,8 @@ def test_a_run_folder_that_holds_something_is_refused(toy, tmp_path):
 
 @pytest.mark.parametrize("place", ["train", "benchmark"])
 def test_help_is_light_and_lists_the_words(place):
-    code = f"import sys; from anomnb.cli.{place} import anomnb_{place} as f; sys.argv = ['x', '--help']\ntry: f()\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+    code = (f"import sys; from anomnb.cli.{place} import anomnb_{place} as f; sys.argv = ['x', '--help']\n"
+            "try: f()\nexcept SystemExit: pass\nprint('torch' in sys.modules)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip().endswith("False")
     if place == "train":

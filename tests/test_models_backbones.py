@@ -343,7 +343,7 @@ def test_registered(monkeypatch):
 
 # Export
 
-@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "resnet18"])
+@pytest.mark.parametrize("name", ["resnet18"]) # the export room takes tf_efficientnet_lite0 all the way
 def test_onnx(name, tmp_path):
     ort = pytest.importorskip("onnxruntime")
     b = built(name)

@@ -12,7 +12,7 @@ from fastcore.script import store_true
 
 from .words import command, model_help
 from ..core.files import new_folder, next_folder
-from ..core.names import create_model, list_models
+from ..core.names import create_model, model_arguments
 from ..core.record import RunRecord
 from ..core.types import Predictions
 
@@ -41,11 +41,12 @@ def _slim(p):
     return replace(p, raw_map=None, mask=None)
 
 # %% ../../nbs/cli/01_train.ipynb #cb90b180
-def _make_model(model, backbone, weights, image_size, words):
+def _make_model(model, backbone, weights, image_size, seed, words):
     if model is None and backbone is None:
         model, backbone = "patchcore", "tf_efficientnet_lite0"
         print("model: PatchCore on tf_efficientnet_lite0, because none was named (its weights are installed with the library)")
     given = dict(backbone=backbone, weights=weights, image_size=image_size)
+    if "seed" in model_arguments(model or "patchcore"): given["seed"] = seed
     return create_model(model or "patchcore", **{k: v for k, v in given.items() if v is not None}, **words)
 
 # %% ../../nbs/cli/01_train.ipynb #d390ba04
@@ -71,7 +72,7 @@ def anomnb_train(data:str=None, # folder of images (MVTec layout, good/bad folde
                  model:str=None, # registry name of the model; patchcore by default
                  backbone:str=None, # timm name; tf_efficientnet_lite0 when neither model nor backbone is named
                  weights:str=None, # local file of backbone weights, or "random"
-                 image_size:int=None, # the model sees images at this size; 256 by default
+                 image_size:int=256, # the model sees images at this size
                  out:str=None, # folder for the results, new or empty; runs/NAME by default
                  seed:int=0, # of the split, the coreset and the toy set
                  batch_size:int=16, # images at once
@@ -82,9 +83,9 @@ def anomnb_train(data:str=None, # folder of images (MVTec layout, good/bad folde
     "Fit a detector on good images, test it, save it and export it"
     from anomnb.data.folder import Folder, Toy
     from anomnb.engine.engine import Engine
-    record = RunRecord(dict(data=data, model=model, backbone=backbone, weights=weights, image_size=image_size, batch_size=batch_size, max_memory=max_memory, **words),
-                       seeds=dict(seed=seed))
-    net = _make_model(model, backbone, weights, image_size, words)
+    given = dict(data=data, model=model, backbone=backbone, weights=weights, image_size=image_size, batch_size=batch_size, max_memory=max_memory)
+    record = RunRecord({**given, **words}, seeds=dict(seed=seed))
+    net = _make_model(model, backbone, weights, image_size, seed, words)
     with record.timed("data"): source = Toy(seed=seed) if data is None else Folder(data)
     print(source.describe())
     place = new_folder(out) if out else next_folder("runs", source.name)

@@ -34,7 +34,7 @@ NAMES = {
         "image": ["ImageVisualizer", "show"], "heatmap": ["explore_heatmap", "HeatmapExplorer"]}.items() for n in ns},
     "export": {n: f"anomnb.export.{m}:{n}" for m, ns in {
         "bundle": ["save", "load"], "inferencer": ["Inferencer"], "onnx": ["to_onnx"], "openvino": ["to_openvino"],
-        "verify": ["verify"]}.items() for n in ns},
+        "parity": ["verify", "export_model"]}.items() for n in ns},
     "engine": {"Engine": "anomnb.engine.engine:Engine"},
     "cli": {"anomnb_train": "anomnb.cli.train:anomnb_train", "anomnb_benchmark": "anomnb.cli.benchmark:anomnb_benchmark"},
 }

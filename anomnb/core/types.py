@@ -98,7 +98,8 @@ class Prediction:
         return self.loader()
 
 # %% ../../nbs/core/06_types.ipynb #3a4bbb69
-COLUMNS = ["index", "source", "kind", "label", "score", "threshold", "is_anomalous", "normalised", "p_value", "regions", "category", "group", "height", "width", "error"]
+COLUMNS = ["index", "source", "kind", "label", "score", "threshold", "is_anomalous", "normalised", "p_value", "regions",
+           "category", "group", "height", "width", "error"]
 
 # %% ../../nbs/core/06_types.ipynb #039ce64b
 def _row(p):

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..core.errors import AnomnbError
-from ..core.progress import progress
+from ..core.bars import progress
 from ..core.seeds import rng
 from ..core.types import Batch
 from .folder import Folder

@@ -6,6 +6,8 @@
 __all__ = ['frame', 'soft_noise', 'place', 'polar', 'disc', 'leaf', 'blob', 'wander', 'ink', 'blend', 'ornament']
 
 # %% ../../nbs/data/00_textures.ipynb #5cb8748d
+from functools import cache
+
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -28,15 +30,16 @@ def soft_noise(g:np.random.Generator,
     return np.asarray(Image.fromarray(grid).resize((size, size), Image.Resampling.BICUBIC, box=box))*1.35
 
 # %% ../../nbs/data/00_textures.ipynb #ffa6859c
-def place(points:np.ndarray, # N×2, x and y
+def place(points:np.ndarray, # …×2, x and y
           centre:tuple=(0, 0), # where (0, 0) goes to
           angle:float=0., # degrees, from x towards y
           scale:float=1.,
-          )->np.ndarray: # N×2
+          )->np.ndarray: # …×2
     "Turn, scale, then move an outline"
-    a = np.deg2rad(angle)
-    turn = np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]])
-    return np.asarray(points) @ turn*scale + np.asarray(centre)
+    points = np.asarray(points)
+    x, y = points[..., 0], points[..., 1]
+    c, s = float(np.cos(np.deg2rad(angle))*scale), float(np.sin(np.deg2rad(angle))*scale)
+    return np.stack([c*x - s*y + float(centre[0]), s*x + c*y + float(centre[1])], -1)
 
 # %% ../../nbs/data/00_textures.ipynb #8d07a77b
 def polar(radius:float, # from (0, 0)
@@ -116,13 +119,16 @@ def blend(under:np.ndarray, # H×W×3
 # %% ../../nbs/data/00_textures.ipynb #c80b8fe1
 _BLUE, _WASH, _OCHRE, _BARE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0) # amounts of three inks; bare wipes them off
 
+@cache
 def _corner():
     fan = [(_BLUE, place(leaf(0.34, 0.12), polar(0.17, a), a)) for a in (142, 180, 218)]
     return fan + [(_OCHRE, place(disc(0.035), polar(0.40, a))) for a in (158, 202)]
 
+@cache
 def _sprig():
     return [(_BLUE, place(leaf(0.2, 0.09), (-0.03, s*0.1), s*60)) for s in (-1, 1)] + [(_OCHRE, place(disc(0.04), (-0.07, 0)))]
 
+@cache
 def _petal(): return [(_BLUE, leaf(0.36, 0.17)), (_WASH, leaf(0.2, 0.05))]
 
 # %% ../../nbs/data/00_textures.ipynb #77947547

@@ -7,10 +7,8 @@ __all__ = ['MEMORY', 'TO_REACH', 'METRICS', 'SUITES', 'Row', 'seconds', 'in_turn
            'peak_of_fit', 'memory_row', 'accuracy_rows', 'all_accuracy', 'run_road']
 
 # %% ../../nbs/engine/02_benchmark.ipynb #1d6030ed
-import json, os, statistics, subprocess, sys, time
+import os, statistics, subprocess, sys, time
 from dataclasses import asdict, dataclass
-
-import torch
 
 from ..core.errors import AnomnbError
 from ..core.paths import shared_data, shared_weights
@@ -47,7 +45,8 @@ class Row:
         base = "" if self.baseline is None else f"  over {self.baseline:.4g} {self.unit}"
         ratio = "" if self.ratio is None else f"  ratio {self.ratio:.3f}"
         to = "" if self.reach is None else f"  ({'>=' if self.at_least else '<='} {self.reach})"
-        return f"{self.name:<58} {self.value:.4g} {self.unit}{base}{ratio}{to}  {mark}{'  ' + self.note if self.note else ''}"
+        note = f"  {self.note}" if self.note else ""
+        return f"{self.name:<58} {self.value:.4g} {self.unit}{base}{ratio}{to}  {mark}{note}"
 
 # %% ../../nbs/engine/02_benchmark.ipynb #0d8886a9
 def seconds(call)->float:
@@ -63,7 +62,8 @@ def in_turn(rounds:int, *calls)->list: # medians of each
     return [statistics.median(o) for o in zip(*times)]
 
 # %% ../../nbs/engine/02_benchmark.ipynb #25facfd1
-def _process(*argv): return lambda: subprocess.run([sys.executable, *argv], check=True, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+def _process(*argv):
+    return lambda: subprocess.run([sys.executable, *argv], check=True, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONWARNINGS": "ignore"})
 
 # %% ../../nbs/engine/02_benchmark.ipynb #cd3cc82c
 def light_rows(rounds:int=7)->list:
@@ -75,7 +75,7 @@ def light_rows(rounds:int=7)->list:
             Row("anomnb_train --help, over a bare Python", helped - bare, reach=0.5)]
 
 # %% ../../nbs/engine/02_benchmark.ipynb #3b0e90d5
-def _tile(): 
+def _tile():
     place = shared_data("magnetic_tile")
     return None if place is None else Folder(place)
 

@@ -16,8 +16,7 @@ import torch
 from lightning import Callback, Trainer
 
 from ..core.errors import AnomnbError, unknown
-from ..core.names import late
-from ..core.progress import progress
+from ..core.bars import progress
 from ..core.seeds import seed_everything
 from ..core.types import Predictions
 from ..core.units import parse_bytes, show_bytes, show_seconds
@@ -25,7 +24,7 @@ from ..data.folder import as_data
 from ..data.loader import bad_images, good_positions, make_loader, scan, select
 from ..data.read import open_source
 from .stream import Evaluator, Scores, evaluating, stream_predictions
-from ..export.verify import export as export_model
+from ..export.parity import export_model
 from ..models.base import AnomalyModule
 from ..processing.decision import DecisionRule, max_good
 
@@ -66,7 +65,9 @@ class Estimate:
     seconds:float # reading and backbone; the selection of a coreset comes on top
     least_bytes:int # a fit with less than this can't be done
     wanted_bytes:int # what it takes when nothing bounds it
-    def __str__(self): return f"{self.name} on {self.images} images: about {show_seconds(self.seconds)} of reading and features, {show_bytes(self.wanted_bytes)} beside the backbone"
+    def __str__(self):
+        time, size = show_seconds(self.seconds), show_bytes(self.wanted_bytes)
+        return f"{self.name} on {self.images} images: about {time} of reading and features, {size} beside the backbone"
 
 # %% ../../nbs/engine/01_engine.ipynb #7a41999f
 def _in_order(model, data):
@@ -109,7 +110,8 @@ class Engine:
         known = [k for k in inspect.signature(Trainer.__init__).parameters if k != "self"]
         for k in trainer:
             if k not in known: raise unknown("argument of Engine", k, [*known, "seed", "max_memory", "batch_size", "num_workers", "quiet"])
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1: raise AnomnbError(f"batch_size={batch_size!r}: a whole number of at least 1")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise AnomnbError(f"batch_size={batch_size!r}: a whole number of at least 1")
         self.seed, self.accelerator, self.max_memory, self.trainer_args = seed, accelerator, parse_bytes(max_memory), trainer
         self.batch_size, self.num_workers, self.quiet = batch_size, num_workers, quiet
         self.trainer, self.fit_items = None, []
@@ -150,7 +152,7 @@ class Engine:
         if not self.quiet: self.say(self._time(model, split.fit))
         if hasattr(model, "new_accumulator") and model.accumulator is None:
             model.accumulator = model.new_accumulator(len(split.fit), self.max_memory)
-        loader = make_loader(split.fit, batch_size=self.batch_size, num_workers=self.num_workers, on_error="keep", resize=model.pre.resize, hashes=True)
+        loader = make_loader(split.fit, self.batch_size, self.num_workers, on_error="keep", resize=model.pre.resize, hashes=True)
         batches = FitBatches(loader, split.fit, on_error)
         try: self._train(model, batches)
         except BaseException:
@@ -170,7 +172,8 @@ class Engine:
         with _quiet_lightning():
             self.trainer = Trainer(callbacks=bars, **given)
             self.trainer.fit(model, train_dataloaders=batches)
-        if not model.fitted: raise AnomnbError("the fit ended before anything was learnt: see the messages above, and the Trainer's arguments that stop it early")
+        if not model.fitted:
+            raise AnomnbError("the fit ended before anything was learnt: see the messages above, and the Trainer's arguments that stop it early")
 
     def _choose_rule(self, model, split):
         if not split.cal: return DecisionRule()
@@ -225,7 +228,8 @@ class Engine:
         "Image and pixel metrics on the test images, streamed"
         model, data = _in_order(model, data)
         if not hasattr(data, "test_items"): raise AnomnbError("testing needs to know which images are good: give a data module such as Folder(…)")
-        if not data.test_items: raise AnomnbError(f"{data.name} has no test images: put them in test/good and test/KIND, or beside the good ones in a folder 'bad'")
+        if not data.test_items:
+            raise AnomnbError(f"{data.name} has no test images: put them in test/good and test/KIND, or beside the good ones in a folder 'bad'")
         e = Evaluator(pixel_size)
         for p in self._stream(model, data.test_items, masks=True):
             e.update(p)
@@ -246,9 +250,11 @@ class Engine:
                path:str|Path|None=None, # where; the model's name by default
                data=None, # images to verify on; those of the last fit by default, else the toy set
                verify:bool=True,
+               resumable:bool=False, # kind "torch": keep what a later `partial_fit` needs
               )->Path:
         "Write the model for a runtime; what is written is verified against the model first and refused if it differs"
         images = open_source(data)[:8] if data is not None else self.fit_items[:8] or None
-        path, parity = export_model(model, path, kind, images=images, verify=verify)
+        on = "given images" if data is not None else "images of the last fit" if images else ""
+        path, parity = export_model(model, path, kind, images=images, verify=verify, verified_on=on, resumable=resumable)
         if parity is not None: self.say(parity)
         return path

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..core.errors import AnomnbError
-from ..core.progress import progress
+from ..core.bars import progress
 from ..core.types import resample
 from ..data.loader import as_batches, good_positions, make_loader, select
 from ..metrics.pixel import PixelScores

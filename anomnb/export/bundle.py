@@ -20,7 +20,6 @@ from ..core.names import MODELS, model_class
 from ..data.read import no_path
 from .header import FORMAT, KEY, damaged, header_text, parse_header, rules_of
 from ..models.base import AnomalyModule
-from ..processing.decision import DecisionRule
 
 # %% ../../nbs/export/01_bundle.ipynb #238d347c
 LOCAL = "local file" # stands for a path in the arguments: a path says nothing elsewhere
@@ -67,13 +66,15 @@ def digest(tensors:dict, # name -> tensor
 def _registry_name(model):
     name, cls = type(model).registry_name, type(model)
     if name in MODELS and model_class(name) is cls: return name
-    raise AnomnbError(f"{cls.__name__} has no registry name, and a saved model names its class by it: call register_model('my_{cls.__name__.lower()}', {cls.__name__}) first")
+    raise AnomnbError(f"{cls.__name__} has no registry name, and a saved model names its class by it: call "
+                      f"register_model('my_{cls.__name__.lower()}', {cls.__name__}) first")
 
 # %% ../../nbs/export/01_bundle.ipynb #3a38bb9a
 def make_header(model:AnomalyModule, # fitted
                )->dict:
     "What a bundle, an ONNX file and an OpenVINO IR say of a model; its hash is noted as `model.model_hash`. Raises `AnomnbError`"
-    if not model.fitted: raise AnomnbError(f"{type(model).__name__} is not fitted, there is nothing to save: call engine.fit(model, data) first")
+    if not model.fitted:
+        raise AnomnbError(f"{type(model).__name__} is not fitted, there is nothing to save: call engine.fit(model, data) first")
     metrics = {k: None if isinstance(v, float) and not math.isfinite(v) else plain(v, k) for k, v in model.metrics.items()}
     header = dict(format=FORMAT, name=_registry_name(model), arguments={k: plain(v, k) for k, v in model.args.items()}, metrics=metrics,
                   rules={k: r.to_dict() for k, r in model.rules.items()}, fitted_images=plain(model.fitted_images, "fitted_images"))
@@ -86,7 +87,8 @@ PREFIX = "accumulator." # of the tensors with which a fit can go on
 # %% ../../nbs/export/01_bundle.ipynb #63f81baf
 def _gathered(model):
     if getattr(model, "accumulator", None) is None:
-        raise AnomnbError(f"this {type(model).__name__} has kept nothing with which a fit could go on: save it with resumable=True right after the fit, or leave it out")
+        raise AnomnbError(f"this {type(model).__name__} has kept nothing with which a fit could go on: save it with resumable=True "
+                          f"right after the fit, or leave it out")
     return {PREFIX + k: v.detach().cpu().contiguous() for k, v in model.accumulator.state().items()}
 
 # %% ../../nbs/export/01_bundle.ipynb #45bb1070
@@ -105,7 +107,8 @@ def save(model:AnomalyModule, # fitted
 def _foreign(first, path):
     "The error for a file that is no safetensors at all, from its first bytes"
     made = "a pickle or a zip of one (a .pth, .pt or .ckpt?), and opening such a file runs whatever code is in it, so it is refused"
-    what = made if first[:4] == b"PK\x03\x04" or (first[:1] == b"\x80" and first[1:2] <= b"\x05") else f"no safetensors file, it begins with {first[:8]!r}" if first else "empty (0 bytes)"
+    pickled = first[:4] == b"PK\x03\x04" or (first[:1] == b"\x80" and first[1:2] <= b"\x05")
+    what = made if pickled else f"no safetensors file, it begins with {first[:8]!r}" if first else "empty (0 bytes)"
     return AnomnbError(f"{str(path)!r} is {what}: give a file that model.save() wrote")
 
 # %% ../../nbs/export/01_bundle.ipynb #af689489
@@ -136,7 +139,9 @@ def _header(path):
     try: found = json.loads(raw)
     except ValueError as e: raise damaged(path, "its header is no JSON") from e
     text = found.get("__metadata__", {}).get(KEY) if isinstance(found.get("__metadata__", {}), dict) else None
-    if text is None: raise AnomnbError(f"{str(path)!r} is a safetensors file without a header of anomnb's, it may hold bare weights: give a file that model.save() wrote")
+    if text is None:
+        raise AnomnbError(f"{str(path)!r} is a safetensors file without a header of anomnb's, it may hold bare weights: give a file "
+                          f"that model.save() wrote")
     header = parse_header(text, path)
     if not _same_text(raw, found): raise damaged(path, "its header was changed")
     return header
@@ -174,8 +179,11 @@ def _class_of(name, path):
 def _with_backbone(args, backbone, path):
     "The arguments with the module that only its owner has"
     wants = next((k for k, v in args.items() if isinstance(v, dict) and set(v) == {"module"}), None)
-    if wants and backbone is None: raise AnomnbError(f"{str(path)!r} was made with a module of its owner's as {wants} ({args[wants]['module']}): give it, load(path, backbone=module)")
-    if backbone is not None and not wants: raise AnomnbError(f"{str(path)!r} brings its own backbone ({args.get('backbone')!r}): load it without backbone=")
+    if wants and backbone is None:
+        raise AnomnbError(f"{str(path)!r} was made with a module of its owner's as {wants} ({args[wants]['module']}): give it, "
+                          f"load(path, backbone=module)")
+    if backbone is not None and not wants:
+        raise AnomnbError(f"{str(path)!r} brings its own backbone ({args.get('backbone')!r}): load it without backbone=")
     return {**args, wants: backbone} if wants else args
 
 # %% ../../nbs/export/01_bundle.ipynb #b0b5b9ac
@@ -192,7 +200,8 @@ def _fill(model, tensors, path):
     try: model.load_tensors({**tensors, **twins})
     except (RuntimeError, AttributeError) as e:
         why = " ".join(str(e).split())[:300]
-        raise AnomnbError(f"the tensors in {str(path)!r} don't fit the {type(model).__name__} that is known here: use the version of the class, or the backbone, that it was saved with ({why})") from e
+        raise AnomnbError(f"the tensors in {str(path)!r} don't fit the {type(model).__name__} that is known here: use the version of "
+                          f"the class, or the backbone, that it was saved with ({why})") from e
 
 # %% ../../nbs/export/01_bundle.ipynb #15d0d5e0
 def load(path:str|Path, # a bundle

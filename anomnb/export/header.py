@@ -38,7 +38,8 @@ def parse_header(text:str, # as it stands in a file
     except ValueError as e: raise damaged(path, "the model's header is no JSON") from e
     known = header.get("format") if isinstance(header, dict) else None
     if isinstance(known, int) and known > FORMAT:
-        raise AnomnbError(f"{str(path)!r} was written by a newer version of anomnb (format {known}, this one reads up to {FORMAT}): pip install --upgrade anomnb")
+        raise AnomnbError(f"{str(path)!r} was written by a newer version of anomnb (format {known}, this one reads up to {FORMAT}): "
+                          f"pip install --upgrade anomnb")
     if not isinstance(known, int) or header_text(header) != text: raise damaged(path, "its header was changed")
     return header
 
@@ -48,7 +49,7 @@ def rules_of(header:dict)->dict: # category -> DecisionRule
     return {k: DecisionRule.from_dict(r) for k, r in header["rules"].items()}
 
 # %% ../../nbs/export/00_header.ipynb #84a8c50a
-BLANK = "0"*64 # where the seal will be
+BLANK = "seal".center(64, "-") # where the seal will be
 
 # %% ../../nbs/export/00_header.ipynb #46b2a47f
 def seal(*parts)->str: # 64 hexadecimal digits
@@ -97,16 +98,17 @@ def _onnx_text(data):
 
 # %% ../../nbs/export/00_header.ipynb #d7b288d0
 def read_onnx(path:str|Path, # .onnx
-             )->tuple: # (header, bytes of the file)
+             )->tuple: # (header, the graph as a serialised ModelProto)
     "An ONNX file that was exported here, every byte checked. Raises `AnomnbError`, `AnomnbFileError`"
     data = read_whole(path)
     text = _onnx_text(data)
     if text is None:
-        raise AnomnbError(f"{str(path)!r} has no header of anomnb's, so nothing says how it decides: it was cut short, or made elsewhere. Give a file that engine.export(model, 'onnx') wrote")
+        raise AnomnbError(f"{str(path)!r} has no header of anomnb's, so nothing says how it decides: it was cut short, or made "
+                          f"elsewhere. Give a file that engine.export(model, 'onnx') wrote")
     header, tail = parse_header(text, path), _onnx_tail(text)
-    rest = header_text({**header, "seal": BLANK})
-    if not data.endswith(tail) or header.get("seal") != seal(rest, memoryview(data)[:-len(tail)]): raise damaged(path, "its content is not what was sealed")
-    return header, data
+    graph, rest = data.removesuffix(tail), header_text({**header, "seal": BLANK})
+    if len(graph) == len(data) or header.get("seal") != seal(rest, graph): raise damaged(path, "its content is not what was sealed")
+    return header, graph
 
 # %% ../../nbs/export/00_header.ipynb #bded9bc0
 def with_ir_seal(xml:bytes, # with a header whose seal is blank
@@ -120,7 +122,9 @@ def _ir_text(xml, path):
     try: root = ElementTree.fromstring(xml)
     except ElementTree.ParseError as e: raise damaged(path, f"its XML: {e}") from e
     found = root.find(f"rt_info/{KEY}/header")
-    if found is None: raise AnomnbError(f"{str(path)!r} has no header of anomnb's, so nothing says how it decides: give a file that engine.export(model, 'openvino') wrote")
+    if found is None:
+        raise AnomnbError(f"{str(path)!r} has no header of anomnb's, so nothing says how it decides: give a file that "
+                          f"engine.export(model, 'openvino') wrote")
     return found.get("value", "")
 
 # %% ../../nbs/export/00_header.ipynb #6dcbed3e
@@ -130,7 +134,8 @@ def read_ir(path:str|Path, # .xml, its .bin beside it
     path = Path(path)
     xml, other = read_whole(path), path.with_suffix(".bin")
     header = parse_header(_ir_text(xml, path), path)
-    if not other.exists(): raise AnomnbFileError(f"the weights {str(other)!r} are missing: an IR is two files, copy the .bin beside the .xml")
+    if not other.exists():
+        raise AnomnbFileError(f"the weights {str(other)!r} are missing: an IR is two files, copy the .bin beside the .xml")
     weights, mark = read_whole(other), str(header.get("seal"))
     blank = xml.replace(mark.encode(), BLANK.encode(), 1)
     if seal(blank, weights) != mark: raise damaged(path, f"it and {other.name!r} are not the pair that was exported together")

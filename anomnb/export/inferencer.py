@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core.errors import AnomnbError, nearest
+from ..core.errors import AnomnbError, unknown
 from ..core.names import late
-from ..core.progress import progress
+from ..core.bars import progress
 from ..core.types import Predictions, Raw
-from ..data.read import Item, open_source, to_unit
+from ..data.read import open_source, to_unit
 from .header import read_ir, read_onnx, rules_of
 from .openvino import import_openvino
 from ..processing.decision import rule_for
@@ -29,13 +29,13 @@ PRECISIONS = ("f32", "bf16", "f16") # only OpenVINO leaves f32, and only when as
 # %% ../../nbs/export/04_inferencer.ipynb #6ce15fcb
 def open_onnx(path, threads:int|None, precision:str)->tuple: # (header, run)
     "ONNX Runtime on the CPU. Raises `AnomnbError`"
-    header, data = read_onnx(path)
+    header, graph = read_onnx(path)
     try: import onnxruntime as ort
     except ImportError as e: raise AnomnbError("ONNX Runtime is not installed: pip install onnxruntime") from e
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if threads: options.intra_op_num_threads = threads
-    session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     names = [o.name for o in session.get_outputs()]
     return header, lambda images: dict(zip(names, session.run(names, {"images": images})))
 
@@ -73,7 +73,8 @@ RUNTIMES = {".safetensors": open_bundle, ".onnx": open_onnx, ".xml": open_ir}
 # %% ../../nbs/export/04_inferencer.ipynb #ac826ee9
 def _runtime(path):
     if path.suffix in RUNTIMES: return RUNTIMES[path.suffix]
-    there = [o for o in (path.with_suffix(".xml"), *(path/o for o in (sorted(p.name for p in path.iterdir()) if path.is_dir() else ()))) if o.suffix in RUNTIMES and o.is_file()]
+    near = sorted(path.iterdir()) if path.is_dir() else [path.with_suffix(".xml")]
+    there = [o for o in near if o.suffix in RUNTIMES and o.is_file()]
     hint = f"did you mean {str(there[0])!r}?" if there else f"it ends in {' or '.join(RUNTIMES)}"
     raise AnomnbError(f"{str(path)!r} is no exported model: {hint}")
 
@@ -98,17 +99,20 @@ class Inferencer:
                 ):
         self.path = Path(path)
         opened = _runtime(self.path)
-        if precision not in PRECISIONS: raise AnomnbError(f"precision={precision!r}: one of {', '.join(PRECISIONS)}{''.join(f', did you mean {o!r}?' for o in nearest(precision, PRECISIONS, 1))}")
-        if precision != "f32" and opened is not open_ir: raise AnomnbError(f"precision={precision!r} is for OpenVINO (.xml): {self.path.suffix} runs in f32")
-        if threads is not None and (not isinstance(threads, int) or threads < 1): raise AnomnbError(f"threads={threads!r}: a whole number of at least 1, or None")
+        if precision not in PRECISIONS: raise unknown("precision", precision, PRECISIONS)
+        if precision != "f32" and opened is not open_ir:
+            raise AnomnbError(f"precision={precision!r} is for OpenVINO (.xml): {self.path.suffix} runs in f32")
+        if threads is not None and (not isinstance(threads, int) or threads < 1):
+            raise AnomnbError(f"threads={threads!r}: a whole number of at least 1, or None")
         self.header, self._run = opened(self.path, threads, precision)
         self.rules, self.model_hash = rules_of(self.header), self.header["hash"]
 
     def raw(self, images:np.ndarray, # N×3×H×W float32 in [0, 1]
            )->Raw: # numpy: score N, map N×h×w or None
         "Scores and maps as they come out of the graph"
-        if not isinstance(images, np.ndarray) or images.ndim != 4 or images.shape[1] != 3 or images.dtype != np.float32 or 0 in images.shape:
-            raise AnomnbError(f"images are a float32 array N×3×H×W, not {getattr(images, 'dtype', type(images).__name__)} {tuple(getattr(images, 'shape', ()))}: predict() takes everything else")
+        if getattr(images, "dtype", None) != np.float32 or images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
+            given = f"{getattr(images, 'dtype', type(images).__name__)} {tuple(getattr(images, 'shape', ()))}"
+            raise AnomnbError(f"images are a float32 array N×3×H×W, not {given}: predict() takes everything else")
         out = self._run(np.ascontiguousarray(images))
         return Raw(out["score"], out.get("map"))
 
@@ -118,7 +122,8 @@ class Inferencer:
             return
         raw = self.raw(np.stack([to_unit(pixels) for *_, pixels in part]))
         for n, (index, item, pixels) in enumerate(part):
-            p = make_prediction(item, index, pixels.shape[:2], raw.score[n], None if raw.map is None else raw.map[n].copy(), self.rules, self.model_hash)
+            map = None if raw.map is None else raw.map[n].copy()
+            p = make_prediction(item, index, pixels.shape[:2], raw.score[n], map, self.rules, self.model_hash)
             if not keep_maps: p.raw_map = None
             yield p
 

@@ -6,7 +6,7 @@
 __all__ = ['OPSET', 'LARGEST', 'Graph', 'silence', 'at_rest', 'graph_bytes', 'to_onnx']
 
 # %% ../../nbs/export/02_onnx.ipynb #ed3fc24d
-import contextlib, io, logging, warnings
+import contextlib, io, logging, warnings, weakref
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 
 from ..core.errors import AnomnbError
 from ..core.files import write_file
-from .bundle import make_header
+from .bundle import digest, make_header, net_tensors
 from .header import with_onnx_header
 from ..models.base import AnomalyModule
 
@@ -74,17 +74,25 @@ def _trace(model):
                                  dynamic_shapes=(open_axes,), external_data=False, verbose=False).model_proto
 
 # %% ../../nbs/export/02_onnx.ipynb #d0272e88
+_MADE = weakref.WeakKeyDictionary() # model -> (hash, graph): two kinds of export trace once
+
+# %% ../../nbs/export/02_onnx.ipynb #8ae7e45f
 def graph_bytes(model:AnomalyModule, # fitted
                )->bytes:
     "The graph of a model as a serialised ONNX ModelProto; the same model gives the same bytes. Raises `AnomnbError`"
+    same = digest(net_tensors(model), f"{model!r}")
+    if _MADE.get(model, ("",))[0] == same: return _MADE[model][1]
     with at_rest(model), silence():
         try: proto = _bare(_trace(model))
         except Exception as e:
             why = " ".join(str(e).split())[:300]
-            raise AnomnbError(f"{type(model).__name__} can't be exported to ONNX ({type(e).__name__}: {why}): its forward must hold for any batch, height and width") from e
+            raise AnomnbError(f"{type(model).__name__} can't be exported to ONNX ({type(e).__name__}: {why}): its forward must hold "
+                              f"for any batch, height and width") from e
     if proto.ByteSize() > LARGEST:
-        raise AnomnbError(f"an ONNX file holds 2 GB and this model is {proto.ByteSize()/1e9:.1f} GB: fit it with a smaller coreset_ratio or backbone")
-    return proto.SerializeToString(deterministic=True)
+        raise AnomnbError(f"an ONNX file holds 2 GB and this model is {proto.ByteSize()/1e9:.1f} GB: fit it with a smaller "
+                          f"coreset_ratio or backbone")
+    _MADE[model] = same, proto.SerializeToString(deterministic=True)
+    return _MADE[model][1]
 
 # %% ../../nbs/export/02_onnx.ipynb #9aab38f7
 def to_onnx(model:AnomalyModule, # fitted

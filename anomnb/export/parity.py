@@ -59,7 +59,7 @@ class Parity:
     file:str # name of the file
     verified_on:str # images it was looked at with
     range:float # of the model's maps and scores
-    rows:list # a dict for each size and batch: size, batch, score, map (largest differences, or None without a map), decisions (that differ)
+    rows:list # for each size and batch: size, batch, score and map (largest differences, None without a map), decisions (that differ)
     tolerance:float = TOLERANCE # of the range
 
     @property
@@ -74,12 +74,14 @@ class Parity:
         "What is printed"
         def of(d): return "–" if d is None else f"{d/self.range:.1e}"
         heads = ["image", "batch", "score", "map", "decisions that differ"]
-        return [heads, *([f"{r['size'][0]}×{r['size'][1]}", str(r["batch"]), of(r["score"]), of(r["map"]), str(r["decisions"])] for r in self.rows)]
+        def row(r): return [f"{r['size'][0]}×{r['size'][1]}", str(r["batch"]), of(r["score"]), of(r["map"]), str(r["decisions"])]
+        return [heads, *map(row, self.rows)]
 
     def summary(self)->str:
         "One sentence"
         verdict = "agrees with" if self.ok else "DISAGREES with"
-        return f"{self.file} {verdict} its model: {self.worst:.1e} of the range at most (allowed {self.tolerance:.0e}), on the {self.verified_on}"
+        most = f"{self.worst:.1e} of the range at most (allowed {self.tolerance:.0e})"
+        return f"{self.file} {verdict} its model: {most}, on the {self.verified_on}"
 
     def __str__(self):
         wide = [max(map(len, c)) for c in zip(*self.table())]
@@ -99,7 +101,8 @@ def _ask(model, images, batch):
 def _join(raws): # -> scores, maps or None
     a = [np.concatenate([np.asarray(o[k]) for o in raws]).astype(np.float64) if raws[0][k] is not None else None for k in (0, 1)]
     for o in a:
-        if o is not None and not np.isfinite(o).all(): raise AnomnbError("the model or its exported file gave values that are not finite: look at the images it is verified on")
+        if o is not None and not np.isfinite(o).all():
+            raise AnomnbError("the model or its exported file gave values that are not finite: look at the images it is verified on")
     return a
 
 # %% ../../nbs/export/05_parity.ipynb #439fae9f
@@ -107,6 +110,13 @@ def _range(outputs):
     "The wider of the ranges of scores and of maps; of a single value its size"
     wide = [np.ptp(np.concatenate([o[k].ravel() for o in outputs])) for k in (0, 1) if outputs[0][k] is not None]
     return float(max(wide)) or max(abs(float(outputs[0][0].max())), 1e-12)
+
+# %% ../../nbs/export/05_parity.ipynb #4e5a4bc0
+def _apart(ours, theirs, path):
+    "Largest differences of scores and of maps, None where there is none"
+    if [getattr(o, "shape", None) for o in ours] != [getattr(o, "shape", None) for o in theirs]:
+        raise AnomnbError(f"{str(path)!r} has other outputs than its model: was it exported from another one?")
+    return [None if a is None else float(abs(a - b).max()) for a, b in zip(ours, theirs)]
 
 # %% ../../nbs/export/05_parity.ipynb #359018a8
 def _decisions(ours, theirs, rules, other, slack):
@@ -131,9 +141,9 @@ def verify(model:AnomalyModule, # fitted
     theirs = [_join([other.raw(view[i:i + batch]) for i in range(0, len(view), batch)]) for view, batch in shapes]
     wide, rows = _range(ours), []
     for (view, batch), a, b in zip(shapes, ours, theirs):
-        if (a[1] is None) != (b[1] is None) or any(x is not None and x.shape != y.shape for x, y in zip(a, b)): raise AnomnbError(f"{str(path)!r} has other outputs than its model")
-        apart = [None if x is None else float(abs(x - y).max()) for x, y in zip(a, b)]
-        rows.append(dict(size=view.shape[2:], batch=batch, score=apart[0], map=apart[1], decisions=_decisions(a[0], b[0], model.rules, other.rules, tolerance*wide)))
+        score, map = _apart(a, b, path)
+        differ = _decisions(a[0], b[0], model.rules, other.rules, tolerance*wide)
+        rows.append(dict(size=view.shape[2:], batch=batch, score=score, map=map, decisions=differ))
     return Parity(Path(path).name, verified_on or ("toy set" if images is None else "given images"), wide, rows, tolerance)
 
 # %% ../../nbs/export/05_parity.ipynb #47251e3c
@@ -147,7 +157,8 @@ def place_for(path:str|Path, # without an ending it gets the right one
     if kind not in SUFFIXES: raise unknown("kind of export", kind, SUFFIXES)
     path = Path(path)
     if path.suffix == SUFFIXES[kind]: return path
-    if path.suffix in {*SUFFIXES.values(), ".bin"}: raise AnomnbError(f"{str(path)!r}: kind {kind!r} is written as {SUFFIXES[kind]}, its ending says otherwise")
+    if path.suffix in {*SUFFIXES.values(), ".bin"}:
+        raise AnomnbError(f"{str(path)!r}: kind {kind!r} is written as {SUFFIXES[kind]}, its ending says otherwise")
     return path.with_name(path.name + SUFFIXES[kind])
 
 # %% ../../nbs/export/05_parity.ipynb #fc823d39
@@ -162,7 +173,7 @@ def _move(made, path):
 
 # %% ../../nbs/export/05_parity.ipynb #ffc19586
 def export_model(model:AnomalyModule, # fitted
-                 path:str|Path, # where it goes; the ending is added if it is missing
+                 path:str|Path|None, # where it goes, the ending is added if it is missing; None: the model's name, here
                  kind:str, # "torch", "onnx" or "openvino"
                  images=None, # any source to verify on; None: tiles of the toy set
                  verify:bool=True, # without, the file is kept unseen and says so
@@ -170,7 +181,7 @@ def export_model(model:AnomalyModule, # fitted
                  resumable:bool=False, # kind "torch": keep what a later `partial_fit` needs
                 )->tuple: # (path, Parity or None)
     "Write a model in a kind, and keep it only if it agrees with the model. Raises `AnomnbError` with the table"
-    path, on = place_for(path, kind), verified_on or ("toy set" if images is None else "given images")
+    path, on = place_for(path or type(model).registry_name, kind), verified_on or ("toy set" if images is None else "given images")
     with tempfile.TemporaryDirectory() as d:
         made = _write(model, Path(d)/path.name, kind, on if verify else "", resumable)
         parity = _verify(model, made, images, on) if verify else None

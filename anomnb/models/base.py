@@ -10,7 +10,6 @@ import inspect
 
 import torch
 from lightning import LightningModule
-from torch import nn
 
 from ..core.errors import AnomnbError, unknown
 from ..core.names import late
@@ -136,7 +135,8 @@ def merge(a:FitOnce, # fitted in this session, or loaded from a resumable bundle
     "The model of both fits. Raises `AnomnbError` if they differ or have not kept what they gathered"
     if type(a) is not type(b) or a.args != b.args: raise AnomnbError(f"only models of one kind and the same arguments merge: {a} and {b}")
     for m in (a, b):
-        if not m.fitted or m.accumulator is None: raise AnomnbError("a model to merge needs what its fit gathered: fit it in this session, or save it with resumable=True")
+        if not m.fitted or m.accumulator is None:
+            raise AnomnbError("a model to merge needs what its fit gathered: fit it in this session, or save it with resumable=True")
     out = type(a)(**a.args).build(load_weights=False)
     out.load_tensors(a.state_dict())
     out.accumulator = a.accumulator.copy().merge(b.accumulator)

@@ -36,7 +36,8 @@ def nearest_rows(q:torch.Tensor, # queries, Q×D
                  k:int=1, # so many
                 )->tuple: # (Euclidean distances Q×k ascending, indices Q×k)
     "The k nearest rows of the bank for each query. Raises `AnomnbError` if k is more than the rows"
-    if not 1 <= k <= bank.shape[0]: raise AnomnbError(f"{k} neighbours asked of a bank of {bank.shape[0]} rows: fit more images, or take num_neighbors of at most {bank.shape[0]}")
+    if not 1 <= k <= bank.shape[0]:
+        raise AnomnbError(f"{k} neighbours asked of a bank of {bank.shape[0]} rows: fit more images, or ask for at most {bank.shape[0]}")
     few = _candidates(q, bank, min(k + SPARE, bank.shape[0]))
     true = (bank[few] - q[:, None]).square().sum(2)  # (Q, k + spare)
     d, j = torch.topk(true, k, dim=1, largest=False)

@@ -88,8 +88,8 @@ class Patchcore(FitOnce):
 
     def finish(self):
         super().finish()
-        if self.args["num_neighbors"] > len(self.net.bank): raise AnomnbError(
-            f"num_neighbors={self.args['num_neighbors']} but the bank has {len(self.net.bank)} rows: fit more images, raise coreset_ratio, or lower num_neighbors")
+        asked, rows = self.args["num_neighbors"], len(self.net.bank)
+        if asked > rows: raise AnomnbError(f"num_neighbors={asked} but the bank has {rows} rows: fit more images, raise coreset_ratio, or lower num_neighbors")
         return self
 
     def grid(self)->tuple:

@@ -6,7 +6,6 @@
 __all__ = ['METHODS', 'DecisionRule', 'max_good', 'Decision', 'normalise', 'find_regions', 'decide', 'rule_for']
 
 # %% ../../nbs/processing/00_decision.ipynb #9d91daa9
-import json
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -54,7 +53,8 @@ class DecisionRule:
 # %% ../../nbs/processing/00_decision.ipynb #d02909de
 def _finite(scores, what):
     x = np.asarray(scores, dtype=np.float64).ravel()
-    if not np.isfinite(x).all(): raise AnomnbError(f"{what} number {int(np.flatnonzero(~np.isfinite(x))[0])} is not finite: look at that image before a threshold is set")
+    bad = np.flatnonzero(~np.isfinite(x))
+    if len(bad): raise AnomnbError(f"{what} number {bad[0]} is not finite: look at that image before a threshold is set")
     return x
 
 # %% ../../nbs/processing/00_decision.ipynb #44775683

@@ -35,9 +35,10 @@ def make_prediction(item, # what was scored: source, label, kind, category, grou
                    )->Prediction:
     "The prediction of one image, decided by the rule of its category"
     score = float(score)
-    if not np.isfinite(score): return failed_prediction(item, index, f"the score of {item.source!r} is not finite: look at the image for values that are not numbers")
+    if not np.isfinite(score):
+        return failed_prediction(item, index, f"the score of {item.source!r} is not finite: look at the image for what is unlike the others")
     map = None if map is None else np.asarray(map, dtype=np.float32)
     d = decide(score, map, rule_for(rules, item.category))
-    return Prediction(**_known(item, index), size=tuple(int(n) for n in size), score=score, raw_map=map, is_anomalous=d.is_anomalous, threshold=d.threshold,
-                      map_threshold=d.map_threshold, normalised=d.normalised, p_value=d.p_value, regions=list(d.regions), mask=mask,
-                      model_hash=model_hash, loader=item.picture)
+    return Prediction(**_known(item, index), size=tuple(int(n) for n in size), score=score, raw_map=map, is_anomalous=d.is_anomalous,
+                      threshold=d.threshold, map_threshold=d.map_threshold, normalised=d.normalised, p_value=d.p_value,
+                      regions=list(d.regions), mask=mask, model_hash=model_hash, loader=item.picture)

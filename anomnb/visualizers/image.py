@@ -16,7 +16,7 @@ from PIL import Image
 
 from ..core.errors import AnomnbError, unknown
 from ..core.files import write_file
-from ..core.progress import progress
+from ..core.bars import progress
 from ..core.types import Prediction, Predictions, resample
 from .draw import (ALARM, CALM, DOUBT, FOUND, TRUTH, badge, clip_text, colour_bar, draw_contours, fit_image, fit_mask, fit_size, grid,
                                      label_bar, message, overlay, side_by_side, to_png)

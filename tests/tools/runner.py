@@ -37,6 +37,7 @@ def run_page(path: Path, flags=()):
     warnings.filterwarnings("ignore")
     os.environ["IN_TEST"] = "1"
     sys.path.insert(0, str(ROOT))
+    sys.argv = [path.name]  # not the arguments of the tests
     nb, shell = read_nb(path), CaptureShell(path)
     for cell in nb.cells:
         if cell.cell_type == "code" and not skipped(cell, flags):
