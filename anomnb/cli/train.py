@@ -88,9 +88,11 @@ def anomnb_train(data:str=None, # folder of images (MVTec layout, good/bad folde
     net = _make_model(model, backbone, weights, image_size, seed, words)
     with record.timed("data"): source = Toy(seed=seed) if data is None else Folder(data)
     print(source.describe())
-    place = new_folder(out) if out else next_folder("runs", source.name)
     engine = Engine(seed=seed, batch_size=batch_size, max_memory=max_memory)
-    with record.timed("fit"): engine.fit(net, source, on_error=on_error)
+    place = new_folder(out) if out else next_folder("runs", source.name)
+    try:
+        with record.timed("fit"): engine.fit(net, source, on_error=on_error)
+    except BaseException: place.rmdir(); raise  # nothing was written yet
     print(f"threshold {net.rules[''].threshold}: {net.rules[''].reason}")
     record.data = source.summary()
     if source.test_items: _test(engine, net, source, record, place)

@@ -68,7 +68,8 @@ def write_pair(path:Path, # .xml
         write_file(path.with_suffix(".bin"), weights)
         return write_file(path, xml)
     except BaseException as e:
-        with suppress(OSError): path.with_suffix(".bin").unlink(missing_ok=True)
+        with suppress(OSError):
+            if not path.exists(): path.with_suffix(".bin").unlink(missing_ok=True) # a half of a pair
         if isinstance(e, AnomnbError) or not isinstance(e, OSError): raise
         raise AnomnbFileError(f"can't replace {str(path)!r}: {e.strerror or e}") from e
 

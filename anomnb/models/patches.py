@@ -21,10 +21,10 @@ def pool_patches(x:torch.Tensor, # B×C×h×w
 def stack_layers(maps:list, # B×C_i×h_i×w_i, finest first
                  mode:str="bilinear", # "bilinear" (PatchCore) or "nearest" (PaDiM)
                 )->torch.Tensor: # B×ΣC×h×w on the grid of the first
-    "Layers brought to the finest grid and stacked as channels"
+    "Layers brought to the finest grid and stacked as channels; one without channels adds none"
     size = maps[0].shape[-2:]
     align = dict(align_corners=False) if mode == "bilinear" else {}
-    return torch.cat([maps[0], *(F.interpolate(o, size=size, mode=mode, **align) for o in maps[1:])], 1)
+    return torch.cat([maps[0], *(F.interpolate(o, size=size, mode=mode, **align) for o in maps[1:] if o.shape[1])], 1)
 
 # %% ../../nbs/models/02_patches.ipynb #933a005b
 class Blur(nn.Module):

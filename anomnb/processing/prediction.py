@@ -36,7 +36,7 @@ def make_prediction(item, # what was scored: source, label, kind, category, grou
     "The prediction of one image, decided by the rule of its category"
     score = float(score)
     if not np.isfinite(score):
-        return failed_prediction(item, index, f"the score of {item.source!r} is not finite: look at the image for what is unlike the others")
+        return failed_prediction(item, index, f"the score of {item.source!r} is not finite: look at the image itself")
     map = None if map is None else np.asarray(map, dtype=np.float32)
     d = decide(score, map, rule_for(rules, item.category))
     return Prediction(**_known(item, index), size=tuple(int(n) for n in size), score=score, raw_map=map, is_anomalous=d.is_anomalous,
