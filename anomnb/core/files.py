@@ -40,7 +40,7 @@ def write_file(path:str|Path, # where it shall stand
         path.parent.mkdir(parents=True, exist_ok=True)
         _publish(tmp, path, content)
     except OSError as e:
-        raise AnomnbFileError(f"can't write {str(path)!r}: {e.strerror or e}. Free space or choose another place; what stood there before is untouched") from e
+        raise AnomnbFileError(f"can't write {str(path)!r}: {e.strerror or e}. Free space or choose another place; nothing half-written is left") from e
     finally:
         try: tmp.unlink(missing_ok=True)
         except OSError: pass # the disk that failed may refuse this too

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MEMORY', 'TO_REACH', 'METRICS', 'SUITES', 'Row', 'seconds', 'in_turn', 'light_rows', 'fit_row', 'predict_row',
-           'peak_of_fit', 'memory_row', 'accuracy_rows', 'all_accuracy', 'run_road']
+           'peak_of_fit', 'memory_row', 'explorer_row', 'accuracy_rows', 'all_accuracy', 'run_road']
 
 # %% ../../nbs/engine/02_benchmark.ipynb #1d6030ed
 import os, statistics, subprocess, sys, time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from ..core.errors import AnomnbError
 from ..core.paths import shared_data, shared_weights
@@ -18,6 +18,8 @@ from .engine import Engine
 from .stream import evaluating
 from ..models.padim import Padim
 from ..models.patchcore import Patchcore
+from ..visualizers.draw import draw_predictions
+from ..visualizers.heatmap import explore_heatmap, measure_moves
 
 # %% ../../nbs/engine/02_benchmark.ipynb #18269daf
 @dataclass
@@ -129,6 +131,13 @@ def memory_row(few:int=100, many:int=700)->Row:
     a, b = peak_of_fit(few)/1e6, peak_of_fit(many)/1e6
     return Row(f"peak memory of a PaDiM fit, {many} over {few} images", b, a, b/a, 1.1, unit="MB")
 
+# %% ../../nbs/engine/02_benchmark.ipynb #1329a654
+def explorer_row(moves:int=30)->Row:
+    "Median seconds that the heat-map explorer takes to answer a move"
+    drawn = draw_predictions(n=20, size=512)
+    explorer = explore_heatmap([replace(p, index=i) for i, p in enumerate(drawn*10)])
+    return Row("heat-map explorer, one move, 200 predictions at 512×512", statistics.median(measure_moves(explorer, moves)), reach=0.2)
+
 # %% ../../nbs/engine/02_benchmark.ipynb #1c5d7d7c
 TO_REACH = {("hazelnut_toy", "padim"): (0.99, 0.98, 0.945), ("hazelnut_toy", "patchcore"): (0.99, 0.985, 0.94)}
 METRICS = ("image_AUROC", "pixel_AUROC", "pixel_AUPRO")
@@ -159,6 +168,7 @@ def run_road(rounds:int=3, show=print)->list:
     rows = []
     def add(row): rows.append(row); show(row)
     for row in light_rows(): add(row)
+    add(explorer_row())
     tile = _tile()
     if tile is None: show("magnetic_tile is not here (set ANOMNB_DATA): speed and memory on it are left out")
     else:

@@ -218,7 +218,9 @@ class Engine:
                )->Predictions:
         "Score, map and decide a folder, file, list, array, PIL image, tensor, loader or data module"
         model, source = _in_order(model, source)
-        found = self._stream(model, source if isinstance(source, torch.utils.data.DataLoader) else open_source(source), keep_maps=keep_maps)
+        if not isinstance(source, torch.utils.data.DataLoader): truth, source = hasattr(source, "test_items"), open_source(source)
+        else: truth = False
+        found = self._stream(model, source, keep_maps=keep_maps, masks=truth)
         return found if stream else Predictions(found)
 
     def test(self, model, data=None,

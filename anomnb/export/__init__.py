@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from anomnb.export.inferencer import Inferencer as Inferencer
     from anomnb.export.onnx import to_onnx as to_onnx
     from anomnb.export.openvino import to_openvino as to_openvino
-    from anomnb.export.verify import verify as verify
+    from anomnb.export.parity import export_model as export_model
+    from anomnb.export.parity import verify as verify
 
 __getattr__, __dir__, __all__ = lazy_names(__name__)
