@@ -6,8 +6,6 @@
 __all__ = ['Gallery', 'anomnb_train']
 
 # %% ../../nbs/cli/01_train.ipynb #fcef5abb
-from pathlib import Path
-
 from fastcore.script import store_true
 
 from .words import command, model_help

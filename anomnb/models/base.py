@@ -136,7 +136,8 @@ def merge(a:FitOnce, # fitted in this session, or loaded from a resumable bundle
           b:FitOnce, # likewise, with the same arguments
          )->FitOnce: # a new model
     "The model of both fits. Raises `AnomnbError` if they differ or have not kept what they gathered"
-    if type(a) is not type(b) or _same_form(a.args) != _same_form(b.args): raise AnomnbError(f"only models of one kind and the same arguments merge: {a} and {b}")
+    if type(a) is not type(b) or _same_form(a.args) != _same_form(b.args):
+        raise AnomnbError(f"only models of one kind and the same arguments merge: {a} and {b}")
     for m in (a, b):
         if not m.fitted or m.accumulator is None:
             raise AnomnbError("a model to merge needs what its fit gathered: fit it in this session, or save it with resumable=True")

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from execnb.nbio import write_nb
+from nbdev.clean import nbdev_clean
 from project import pages
 from runner import run_page
 
@@ -21,6 +22,7 @@ def execute(path: Path) -> bool:
                 if "execution_count" in output:
                     output.execution_count = None
     write_nb(nb, path)
+    nbdev_clean(str(path))
     return True
 
 
