@@ -227,3 +227,42 @@ def test_rules_are_json(fitted):
 
 def test_sources_are_opened_once_as_items(data):
     assert [i.source for i in open_source(data.test_items)] == [i.source for i in data.test_items]
+
+
+def test_validation_needs_no_defects(data, fitted):
+    found = Engine(quiet=True).validate(fitted, data)
+    assert found["val_images"] >= 1 and found["val_score_max"] >= found["val_score_mean"] > 0
+    assert any("part of it" in n for n in found.notes)
+
+
+@pytest.mark.parametrize("cls, kw", MODELS)
+def test_an_estimate_comes_before_the_fit(data, capsys, cls, kw):
+    model = cls(**TINY, **kw)
+    estimate = Engine(quiet=True).estimate(data, model)
+    assert estimate.images == len(data.split().fit) and estimate.seconds > 0 and 0 < estimate.least_bytes <= estimate.wanted_bytes
+    assert not model.fitted
+    Engine().fit(model, data)
+    assert f"on {estimate.images} images: about" in capsys.readouterr().out
+
+
+def test_the_memory_of_padim_does_not_depend_on_the_number_of_images(data):
+    model = Padim(**TINY, channels=20)
+    assert model.memory(10, 16) == model.memory(10_000, 16)
+
+
+def test_merged_models_may_come_from_files(data, tmp_path):
+    from anomnb.export import load
+    from anomnb.models import merge
+
+    kw = dict(channels=20, image_size=(64, 96))
+    one, two = fit(Padim, data.train_items[:6], **kw), fit(Padim, data.train_items[6:12], **kw)
+    one.save(tmp_path / "one.safetensors", resumable=True)
+    both = merge(load(tmp_path / "one.safetensors"), two)
+    whole = fit(Padim, data.train_items[:12], Engine(quiet=True), **kw)
+    assert both.grid() == whole.grid() and len(both.fitted_images) == len(one.fitted_images) + len(two.fitted_images)
+    plain = tmp_path / "plain.safetensors"
+    one.save(plain)
+    with pytest.raises(AnomnbError, match="resumable"):
+        merge(load(plain), two)
+    with pytest.raises(AnomnbError, match="same arguments"):
+        merge(one, fit(Padim, data.train_items[:6], channels=10))

@@ -85,7 +85,7 @@ def anomnb_train(data:str=None, # folder of images (MVTec layout, good/bad folde
     record = RunRecord({**given, **words}, seeds=dict(seed=seed))
     net = _make_model(model, backbone, weights, image_size, seed, words)
     with record.timed("data"): source = Toy(seed=seed) if data is None else Folder(data)
-    print(source.describe())
+    print(f"{source.describe()}\nimages in {source.root}")
     engine = Engine(seed=seed, batch_size=batch_size, max_memory=max_memory)
     place = new_folder(out) if out else next_folder("runs", source.name)
     try:
