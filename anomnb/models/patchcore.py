@@ -98,7 +98,7 @@ class Patchcore(FitOnce):
         return tuple(-(-s//stride) for s in self.pre.size)
 
     def rows_per_image(self): return self.grid()[0]*self.grid()[1]
-    def _row_bytes(self): return 4*sum(self.backbone.channels) + 4*128 + 40  # the row, its projection, and what selection keeps of it
+    def _row_bytes(self): return 4*sum(self.backbone.channels) + 8*128 + 40  # the row, its projection twice (as it came, in blocks), what selection keeps
 
     def memory(self, images, batch):
         rows = images*self.rows_per_image()
