@@ -6,8 +6,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from anomnb.core.errors import AnomnbError
-from anomnb.data.folder import Folder
-from anomnb.data.loader import ImageItems, as_batches, as_items, bad_images, good_positions, make_loader, readable_items, scan, select
+from anomnb.data.loader import ImageItems, as_batches, bad_images, good_positions, make_loader, readable_items, scan, select
 from anomnb.data.read import Item, open_source
 
 
@@ -109,15 +108,3 @@ def test_other_loaders():
 def test_bad_arguments(files, args, words):
     with pytest.raises(AnomnbError, match=words):
         make_loader(files, **args)
-
-
-def test_items_of_any_data(tmp_path):
-    for name in ("train/good/0", "train/good/1", "test/good/2", "test/dent/3", "ground_truth/dent/3"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / f"{name}.png")
-    for data in (tmp_path, Folder(tmp_path)):
-        assert [len(as_items(data, p)) for p in ("train", "test")] == [2, 2]
-    assert len(as_items(tmp_path)) == 4 and len(as_items(Folder(tmp_path))) == 2
-    assert [o.label for o in as_items([np.zeros((4, 4), np.uint8)], "train")] == [0]
-    with pytest.raises(AnomnbError, match="'train', 'test' or 'predict'"):
-        as_items(tmp_path, "fit")

@@ -216,6 +216,10 @@ def test_predict_before_fit_names_the_cure(data):
         Engine(quiet=True).export(Patchcore(**TINY), "onnx")
 
 
+def test_a_folder_is_data_too(data, fitted, toy):
+    assert Engine(quiet=True).test(fitted, str(toy)) == Engine(quiet=True).test(fitted, data)
+
+
 def test_the_model_calls_the_engine(data, fitted, tmp_path):
     assert fitted.predict(data.test_items[:1])[0].score is not None
     assert fitted.save(tmp_path / "m.safetensors").exists()

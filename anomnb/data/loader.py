@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['Sample', 'ImageItems', 'collate', 'good_positions', 'select', 'bad_images', 'scan', 'readable_items', 'SeededOrder',
-           'count_workers', 'make_loader', 'as_batches', 'as_items']
+           'count_workers', 'make_loader', 'as_batches']
 
 # %% ../../nbs/data/04_loader.ipynb #6a1898ef
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,6 @@ from ..core.errors import AnomnbError
 from ..core.bars import progress
 from ..core.seeds import rng
 from ..core.types import Batch
-from .folder import Folder
 from .read import Item, content_hash, open_source, to_unit
 
 # %% ../../nbs/data/04_loader.ipynb #9bb919cc
@@ -191,14 +189,3 @@ def as_batches(loader, # gives Batch, tensors B×3×H×W, (images, labels), or d
         batch = b if isinstance(b, Batch) else _wrap(b, start, resize)
         start += len(batch)
         yield batch
-
-# %% ../../nbs/data/04_loader.ipynb #d0f5b504
-def as_items(data, # a data module, a folder, or any source of images
-             part:str="predict", # "train": good images; "test": with labels; "predict": everything to be scored
-            )->list: # of Item
-    "The items of `data` that a verb needs: training and test go by a folder's layout, prediction takes every image. Raises `AnomnbError`"
-    if part not in ("train", "test", "predict"): raise AnomnbError(f"part={part!r}: give 'train', 'test' or 'predict'")
-    if part != "predict" and isinstance(data, (str, Path)) and os.path.isdir(data): data = Folder(data)
-    if part != "predict" and hasattr(data, "train_items"): return data.train_items if part == "train" else data.test_items
-    items = open_source(data)
-    return [replace(o, label=0, kind=o.kind or "good") for o in items if o.label != 1] if part == "train" else items

@@ -229,6 +229,7 @@ class Engine:
             )->Scores:
         "Image and pixel metrics on the test images, streamed"
         model, data = _in_order(model, data)
+        if isinstance(data, (str, Path)): data = as_data(data)
         if not hasattr(data, "test_items"): raise AnomnbError("testing needs to know which images are good: give a data module such as Folder(…)")
         if not data.test_items:
             raise AnomnbError(f"{data.name} has no test images: put them in test/good and test/KIND, or beside the good ones in a folder 'bad'")
