@@ -270,3 +270,11 @@ def test_merged_models_may_come_from_files(data, tmp_path):
         merge(load(plain), two)
     with pytest.raises(AnomnbError, match="same arguments"):
         merge(one, fit(Padim, data.train_items[:6], channels=10))
+
+
+def test_the_seed_reaches_the_split(data):
+    items, kept = data.train_items, []
+    for seed in (0, 0, 3):
+        model = Engine(quiet=True, seed=seed).fit(Patchcore(**TINY), items)
+        kept.append({f["sha256"] for f in model.fitted_images})
+    assert kept[0] == kept[1] != kept[2]

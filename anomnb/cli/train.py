@@ -6,6 +6,8 @@
 __all__ = ['Gallery', 'anomnb_train']
 
 # %% ../../nbs/cli/01_train.ipynb #fcef5abb
+from dataclasses import replace
+
 from fastcore.script import store_true
 
 from .words import command, model_help
@@ -34,9 +36,7 @@ class Gallery:
         return Predictions({p.index: p for ps in self.kept.values() for p in ps}.values()).ranked()
 
 # %% ../../nbs/cli/01_train.ipynb #a093a968
-def _slim(p):
-    from dataclasses import replace
-    return replace(p, raw_map=None, mask=None)
+def _slim(p): return replace(p, raw_map=None, mask=None)
 
 # %% ../../nbs/cli/01_train.ipynb #cb90b180
 def _make_model(model, backbone, weights, image_size, seed, words):
@@ -60,7 +60,7 @@ def _test(engine, model, data, record, out):
     record.results = dict(scores)
 
 # %% ../../nbs/cli/01_train.ipynb #cbebbbee
-def _export(engine, model, data, record, out, kinds):
+def _export(engine, model, record, out, kinds):
     for kind, name in kinds.items():
         with record.timed(f"export {kind}"): engine.export(model, kind, out/name)
 
@@ -84,7 +84,7 @@ def anomnb_train(data:str=None, # folder of images (MVTec layout, good/bad folde
     given = dict(data=data, model=model, backbone=backbone, weights=weights, image_size=image_size, batch_size=batch_size, max_memory=max_memory)
     record = RunRecord({**given, **words}, seeds=dict(seed=seed))
     net = _make_model(model, backbone, weights, image_size, seed, words)
-    with record.timed("data"): source = Toy(seed=seed) if data is None else Folder(data)
+    with record.timed("data"): source = Toy(seed=seed) if data is None else Folder(data, seed=seed)
     print(f"{source.describe()}\nimages in {source.root}")
     engine = Engine(seed=seed, batch_size=batch_size, max_memory=max_memory)
     place = new_folder(out) if out else next_folder("runs", source.name)
@@ -95,6 +95,6 @@ def anomnb_train(data:str=None, # folder of images (MVTec layout, good/bad folde
     record.data = source.summary()
     if source.test_items: _test(engine, net, source, record, place)
     kinds = dict(torch="model.safetensors", **({} if no_export else dict(onnx="model.onnx", openvino="model.xml")))
-    _export(engine, net, source, record, place, kinds)
+    _export(engine, net, record, place, kinds)
     record.save(place/"run.json")
     print(f"results in {place}: " + ", ".join(sorted(o.name for o in place.iterdir())))

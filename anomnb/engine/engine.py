@@ -99,7 +99,7 @@ def _quiet_lightning():
 class Engine:
     "Runs data through models; keeps the Trainer's arguments until it must build one"
     def __init__(self,
-                 seed:int=0, # of the split, the coreset and training
+                 seed:int=0, # of training, and of the split where the data brings none of its own
                  accelerator:str="auto", # "auto", "cpu", "gpu", …
                  max_memory:int|str|None=None, # bytes or "2GB": what a fit may hold beside the backbone
                  batch_size:int=16,
@@ -132,7 +132,7 @@ class Engine:
         "Learn what good looks like, then set the threshold on good images that were kept aside"
         model, data = _in_order(model, data)
         seed_everything(self.seed)
-        split = as_data(data).split(val=None if model.needs_val else 0.0, cal=None if calibrate else 0.0)
+        split = as_data(data, self.seed).split(val=None if model.needs_val else 0.0, cal=None if calibrate else 0.0)
         model.build(load_weights=True)
         model.fitted, model.accumulator = False, None
         return self._learn(model, split, on_error)
@@ -143,7 +143,7 @@ class Engine:
         if not hasattr(model, "new_accumulator"): raise AnomnbError(f"{type(model).__name__} is trained, not gathered: fit it again")
         if not model.fitted: return self.fit(model, data, calibrate, on_error)
         if model.accumulator is None: raise AnomnbError("this model kept nothing to go on from: save it with resumable=True after its fit")
-        split = as_data(data).split(val=0.0, cal=None if calibrate else 0.0)
+        split = as_data(data, self.seed).split(val=0.0, cal=None if calibrate else 0.0)
         return self._learn(model, split, on_error)
 
     def _learn(self, model, split, on_error):
@@ -192,7 +192,7 @@ class Engine:
     def estimate(self, model, data=None)->Estimate:
         "What a fit will take, from a timed first batch"
         model, data = _in_order(model, data)
-        items = as_data(data).split(val=None if model.needs_val else 0.0).fit
+        items = as_data(data, self.seed).split(val=None if model.needs_val else 0.0).fit
         model.build(load_weights=True)
         return self._time(model, items)
 
@@ -218,9 +218,8 @@ class Engine:
                )->Predictions:
         "Score, map and decide a folder, file, list, array, PIL image, tensor, loader or data module"
         model, source = _in_order(model, source)
-        if not isinstance(source, torch.utils.data.DataLoader): truth, source = hasattr(source, "test_items"), open_source(source)
-        else: truth = False
-        found = self._stream(model, source, keep_maps=keep_maps, masks=truth)
+        listed = source if isinstance(source, torch.utils.data.DataLoader) else open_source(source)
+        found = self._stream(model, listed, keep_maps=keep_maps, masks=hasattr(source, "test_items"))
         return found if stream else Predictions(found)
 
     def test(self, model, data=None,
@@ -243,7 +242,7 @@ class Engine:
     def validate(self, model, data=None)->Scores:
         "What good images kept aside for validation score: no defects are needed. Validation is not test"
         model, data = _in_order(model, data)
-        val = as_data(data).split(val=0.1).val
+        val = as_data(data, self.seed).split(val=0.1).val
         if not val: raise AnomnbError("too few good images to keep some aside for validation")
         s = np.array([p.score for p in self._stream(model, val, keep_maps=False) if p.error is None])
         notes = [] if model.needs_val else ["this model needs no validation in its fit: these good images were part of it"]

@@ -14,6 +14,7 @@ from lightning import LightningModule
 from ..core.errors import AnomnbError, unknown
 from ..core.names import late
 from ..core.types import Raw
+from ..processing.pre import Pre
 
 # %% ../../nbs/models/00_base.ipynb #0e6190ea
 ELSEWHERE = dict(coreset_sampling_ratio="coreset_ratio", n_features="channels", pre_trained="weights", input_size="image_size")
@@ -113,6 +114,19 @@ class FitOnce(AnomalyModule):
     def memory(self, images:int, batch:int)->tuple:
         "(least, wanted) bytes that a fit on so many images holds beside the backbone"
         raise NotImplementedError
+
+    def on_backbone(self, backbone, image_size):
+        "Stand on a backbone that is not built yet: its `pre`, and the grid of its finest layer"
+        self.parts = (backbone,)  # a tuple: the net owns its tensors
+        self.pre = Pre(image_size, backbone.mean, backbone.std)
+
+    @property
+    def backbone(self): return self.parts[0]
+
+    def grid(self)->tuple:
+        "(h, w) of the places that are described"
+        stride = min(self.backbone.strides)
+        return tuple(-(-s//stride) for s in self.pre.size)
 
     def features(self, images)->torch.Tensor:
         "What the accumulator takes: the embedding B×D×h×w of the good images"

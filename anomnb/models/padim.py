@@ -16,7 +16,6 @@ from .backbones import Backbone
 from .base import FitOnce
 from .moments import Moments, mahalanobis
 from .patches import Blur, grid_to_map, stack_layers
-from ..processing.pre import Pre
 
 # %% ../../nbs/models/11_padim.ipynb #56a261d4
 CHANNELS = {"resnet18": 100, "wide_resnet50_2": 550} # kept of all, Defard et al. 2021, section IV-C
@@ -86,20 +85,11 @@ class Padim(FitOnce):
                  seed=0, # of their choice
                 ):
         super().__init__()
-        self.parts = (Backbone(backbone, layers=layers, strides=(4, 8, 16), weights=weights),) # a tuple: the net owns its tensors
+        self.on_backbone(Backbone(backbone, layers=layers, strides=(4, 8, 16), weights=weights), image_size)
         total = sum(self.backbone.channels)
         self.dims = min(total, CHANNELS.get(str(backbone).partition(".")[0], 100)) if channels is None else channels
         if isinstance(self.dims, bool) or not isinstance(self.dims, int) or not 1 <= self.dims <= total:
             raise AnomnbError(f"channels={channels}: a whole number from 1 to the {total} that the layers have")
-        self.pre = Pre(image_size, self.backbone.mean, self.backbone.std)
-
-    @property
-    def backbone(self): return self.parts[0]
-
-    def grid(self)->tuple:
-        "(h, w) of the places"
-        stride = min(self.backbone.strides)
-        return tuple(-(-s//stride) for s in self.pre.size)
 
     def make_net(self, load_weights):
         keep = choose_channels(sum(self.backbone.channels), self.dims, self.args["seed"])

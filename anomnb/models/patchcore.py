@@ -16,7 +16,6 @@ from .bank import BankAccumulator
 from .base import FitOnce
 from .nearest import nearest_rows
 from .patches import Blur, grid_to_map, pool_patches, stack_layers
-from ..processing.pre import Pre
 
 # %% ../../nbs/models/10_patchcore.ipynb #572a4212
 def reweight(d:torch.Tensor, # B, the largest distance of each image
@@ -72,11 +71,7 @@ class Patchcore(FitOnce):
         super().__init__()
         if not 0 < coreset_ratio <= 1: raise AnomnbError(f"coreset_ratio={coreset_ratio}: the part of the patches to keep, above 0 and at most 1")
         if int(num_neighbors) != num_neighbors or num_neighbors < 1: raise AnomnbError(f"num_neighbors={num_neighbors}: a whole number of at least 1")
-        self.parts = (Backbone(backbone, layers=layers, strides=(8, 16), weights=weights),) # a tuple: the net owns its tensors
-        self.pre = Pre(image_size, self.backbone.mean, self.backbone.std)
-
-    @property
-    def backbone(self): return self.parts[0]
+        self.on_backbone(Backbone(backbone, layers=layers, strides=(8, 16), weights=weights), image_size)
 
     def make_net(self, load_weights):
         self.net = PatchcoreNet(self.backbone.build(load_weights), self.args["num_neighbors"])
@@ -91,11 +86,6 @@ class Patchcore(FitOnce):
         asked, rows = self.args["num_neighbors"], len(self.net.bank)
         if asked > rows: raise AnomnbError(f"num_neighbors={asked} but the bank has {rows} rows: fit more images, raise coreset_ratio, or lower num_neighbors")
         return self
-
-    def grid(self)->tuple:
-        "(h, w) of the patches"
-        stride = min(self.backbone.strides)
-        return tuple(-(-s//stride) for s in self.pre.size)
 
     def rows_per_image(self): return self.grid()[0]*self.grid()[1]
     def _row_bytes(self): return 4*sum(self.backbone.channels) + 8*128 + 40  # the row, its projection twice (as it came, in blocks), what selection keeps
