@@ -29,7 +29,8 @@ NAMES = {
         "decision": ["DecisionRule", "decide", "max_good"], "pre": ["Pre"]}.items() for n in ns},
     "models": {n: f"anomnb.models.{m}:{n}" for m, ns in {
         "base": ["AnomalyModule", "FitOnce", "merge"], "backbones": ["Backbone", "list_backbones", "register_backbone"],
-        "patchcore": ["Patchcore"], "padim": ["Padim"]}.items() for n in ns},
+        "patchcore": ["Patchcore"], "padim": ["Padim"], "dfm": ["Dfm"], "dfkde": ["Dfkde"],
+        "subspace_ad": ["SubspaceAd"], "anomaly_dino": ["AnomalyDino"]}.items() for n in ns},
     "visualizers": {n: f"anomnb.visualizers.{m}:{n}" for m, ns in {
         "image": ["ImageVisualizer", "show"], "heatmap": ["explore_heatmap", "HeatmapExplorer"]}.items() for n in ns},
     "export": {n: f"anomnb.export.{m}:{n}" for m, ns in {
@@ -38,9 +39,14 @@ NAMES = {
     "engine": {"Engine": "anomnb.engine.engine:Engine"},
     "cli": {"anomnb_train": "anomnb.cli.train:anomnb_train", "anomnb_benchmark": "anomnb.cli.benchmark:anomnb_benchmark"},
 }
+_TINY = dict(backbone="resnet18", weights="random", image_size=64)
 MODELS = {
-    "patchcore": dict(cls="anomnb.models.patchcore:Patchcore", family="memory bank", tiny=dict(backbone="resnet18", weights="random", image_size=64)),
-    "padim": dict(cls="anomnb.models.padim:Padim", family="Gaussian", tiny=dict(backbone="resnet18", weights="random", image_size=64)),
+    "patchcore": dict(cls="anomnb.models.patchcore:Patchcore", family="memory bank", tiny=_TINY),
+    "padim": dict(cls="anomnb.models.padim:Padim", family="Gaussian", tiny=_TINY),
+    "dfm": dict(cls="anomnb.models.dfm:Dfm", family="PCA", tiny=_TINY),
+    "dfkde": dict(cls="anomnb.models.dfkde:Dfkde", family="kernel density", tiny=_TINY),
+    "subspace_ad": dict(cls="anomnb.models.subspace_ad:SubspaceAd", family="PCA", tiny=_TINY),
+    "anomaly_dino": dict(cls="anomnb.models.anomaly_dino:AnomalyDino", family="memory bank", tiny=_TINY),
 }
 
 # %% ../../nbs/core/01_names.ipynb #546adf4b
