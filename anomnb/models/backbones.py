@@ -13,6 +13,7 @@ from typing import Callable, NamedTuple
 
 import timm, torch
 from timm.models import get_pretrained_cfg
+from timm.models._features import FeatureGetterNet
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -80,12 +81,13 @@ def _check_name(name):
     if tag and tag not in tags: raise unknown(f"weights tag of {arch}", tag, tags)
 
 # %% ../../nbs/models/01_backbones.ipynb #306f6ede
-def _draw(name, indices=None, file=None): # timm's network, seeded, or with the weights of a file that timm published
-    kw = {} if indices is None else dict(out_indices=tuple(indices))
+def _draw(name, indices=None, file=None, norm=False): # timm's network, seeded, or with the weights of a file that timm published
+    kw = {} if indices is None or norm else dict(out_indices=tuple(indices))
     if file: kw |= dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(file), custom_load=False))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        return timm.create_model(name, features_only=True, **kw)
+        net = timm.create_model(name, features_only=not norm, **kw)
+        return FeatureGetterNet(net, tuple(indices), norm=True) if norm else net
 
 # %% ../../nbs/models/01_backbones.ipynb #a5e47e79
 def _prune(net): # EfficientNets of timm run every block, tapped or not
@@ -93,9 +95,24 @@ def _prune(net): # EfficientNets of timm run every block, tapped or not
     if taps and getattr(net, "feature_hooks", 1) is None: net.blocks = net.blocks[:max(taps)]
     return net
 
+# %% ../../nbs/models/01_backbones.ipynb #12e2f8f3
+def _is_transformer(net): return isinstance(net, FeatureGetterNet) and hasattr(net.model, "set_input_size")
+
+# %% ../../nbs/models/01_backbones.ipynb #5209dfb0
+def _fit_size(net, size, patch, name):
+    "The size a network must be set to, None where it takes any. Raises `AnomnbError`"
+    embed = getattr(getattr(net, "model", net), "patch_embed", None)
+    own = getattr(embed, "img_size", None)
+    if size is None or own is None or not (_is_transformer(net) or getattr(embed, "strict_img_size", False)): return None
+    if any(o % patch for o in size):
+        near = "×".join(str(max(1, round(o/patch))*patch) for o in size)
+        raise AnomnbError(f"image_size {size[0]}×{size[1]}: {name!r} sees patches of {patch}×{patch}, give multiples of {patch} such as {near}")
+    if tuple(size) != tuple(own) and not _is_transformer(net): raise AnomnbError(f"{name!r} takes images of {own[0]}×{own[1]} alone, not {size[0]}×{size[1]}")
+    return tuple(size)
+
 # %% ../../nbs/models/01_backbones.ipynb #a51fccfe
 class _Timm:
-    def __init__(self, name, layers, strides):
+    def __init__(self, name, layers, strides, image_size=None, norm=False):
         _check_name(name)
         try:
             with torch.device("meta"): net = _draw(name)
@@ -106,12 +123,19 @@ class _Timm:
         self.name, self.mean, self.std = name, tuple(cfg.mean), tuple(cfg.std)
         self.indices = pick_levels(levels, layers, strides, name)
         self.levels = [levels[i] for i in self.indices]
+        self.blocks = len(levels) if _is_transformer(net) else 0
+        self.size, self.norm = _fit_size(net, image_size, levels[0].stride, name), norm and self.blocks > 0
 
     def make(self, weights):
         "weights: None (published), \"random\", a path"
+        net = self._load(weights)
+        if self.size and self.blocks: net.model.set_input_size(img_size=self.size)
+        return net
+
+    def _load(self, weights):
         lite0 = self.name.partition(".")[0] == LITE0
         file = published_weights(self.name) if weights is None and not lite0 else None
-        net = _prune(_draw(self.name, self.indices, file))
+        net = _prune(_draw(self.name, self.indices, file, self.norm))
         if weights is None: return place_weights(net, lite0_weights(), self.name) if lite0 else net
         return net if weights == "random" else place_weights(net, read_weights(weights), self.name, f"the weights of {str(weights)!r}")
 
@@ -167,6 +191,7 @@ def _constants(module):
 
 # %% ../../nbs/models/01_backbones.ipynb #5217c736
 class _Module:
+    blocks = 0
     def __init__(self, module, layers, strides=None, name=None):
         self.name, who = name, repr(name or type(module).__name__)
         self.mean, self.std, side = _constants(module)
@@ -185,6 +210,7 @@ class _Module:
 
 # %% ../../nbs/models/01_backbones.ipynb #b474b07a
 class _Registered:
+    blocks = 0
     def __init__(self, name, layers, strides):
         self.name, self.layers = name, layers
         _, self.mean, self.std = BACKBONES[name]
@@ -213,11 +239,16 @@ class Backbone(nn.Module):
                  layers=None, # names or positions, one or several; None: by `strides`; of a module every map that it returns
                  strides:tuple=(8, 16), # strides wanted when no layers are named; the backbone's deepest layer of each
                  weights=None, # None: as published; a file of weights; or "random" (seeded, warns)
+                 image_size:tuple|None=None, # (height, width) of the images, for transformers of timm; None: the size they were trained at
+                 norm:bool=False, # the final norm of a transformer of timm on its tokens
                 ):
         super().__init__()
         _check(source, weights)
-        kind = _Module if isinstance(source, nn.Module) else _Registered if source in BACKBONES else _Timm
-        self.kind, self.weights, self.net = kind(source, layers, strides), weights, None
+        if isinstance(source, nn.Module): self.kind = _Module(source, layers, strides)
+        elif source in BACKBONES: self.kind = _Registered(source, layers, strides)
+        else: self.kind = _Timm(source, layers, strides, image_size, norm)
+        self.weights, self.net = weights, None
+        self.blocks = self.kind.blocks # of a transformer of timm, 0 for every other network
         self.layers, self.channels, self.strides = ([o[i] for o in self.kind.levels] for i in range(3))
         self.mean, self.std = self.kind.mean, self.kind.std
 

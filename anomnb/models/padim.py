@@ -60,6 +60,7 @@ class PlaceMoments:
     "`Moments` of each place of the grid, from embeddings to what the net learns"
     def __init__(self, grid:tuple, dims:int, device="cpu"): self.moments = Moments(grid[0]*grid[1], dims, device)
     def update(self, e): self.moments.update(e.flatten(2).mT) # (B, D, h, w)
+    def subtract(self, e): self.moments.subtract(e.flatten(2).mT); return self
     def merge(self, other): self.moments.merge(other.moments); return self
     def state(self): return self.moments.state()
     def set_state(self, s): self.moments = Moments.from_state(s); return self

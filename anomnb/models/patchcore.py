@@ -14,7 +14,7 @@ from ..core.types import Raw
 from .backbones import Backbone
 from .bank import BankAccumulator
 from .base import FitOnce
-from .nearest import nearest_rows
+from .nearest import BankSearch, nearest_rows
 from .patches import Blur, grid_to_map, pool_patches, stack_layers
 
 # %% ../../nbs/models/10_patchcore.ipynb #572a4212
@@ -23,10 +23,11 @@ def reweight(d:torch.Tensor, # B, the largest distance of each image
              nearest:torch.Tensor, # B, its nearest row
              bank:torch.Tensor, # M×D
              neighbors:int, # b in the paper; 1 leaves the distance alone
+             search=nearest_rows, # for the rows of the bank around one
             )->torch.Tensor: # B
     "Image scores from the worst patch and the neighbourhood of its nearest row (Roth et al. 2022, eq. 7)"
     if neighbors == 1: return d
-    around = nearest_rows(bank[nearest], bank, neighbors)[1]  # (B, b)
+    around = search(bank[nearest], bank, neighbors)[1]  # (B, b)
     to = (bank[around] - q[:, None]).square().sum(2).sqrt()
     return d*(1 - torch.exp(d - torch.logsumexp(to, 1)))
 
@@ -37,6 +38,7 @@ class PatchcoreNet(nn.Module):
         super().__init__()
         self.backbone, self.neighbors, self.blur = backbone, neighbors, Blur(sigma)
         self.register_buffer("bank", torch.zeros(0, sum(backbone.channels)))
+        self.search = BankSearch()
 
     def embed(self, x): return stack_layers([pool_patches(o) for o in self.backbone(x)])  # (B, D, h, w)
     def learn(self, bank): self.bank = bank.contiguous()
@@ -45,12 +47,12 @@ class PatchcoreNet(nn.Module):
         e = self.embed(x)
         b, dims, h, w = e.shape
         q = e.permute(0, 2, 3, 1).reshape(-1, dims)  # (B·h·w, D)
-        d, i = nearest_rows(q, self.bank)
+        d, i = self.search(q, self.bank)
         d, i, q = d.view(-1, h*w), i.view(-1, h*w), q.view(-1, h*w, dims)
         top, at = d.max(1)
         here = at[:, None]
         worst = torch.gather(q, 1, here[..., None].expand(-1, 1, dims))[:, 0]
-        score = reweight(top, worst, torch.gather(i, 1, here)[:, 0], self.bank, self.neighbors)
+        score = reweight(top, worst, torch.gather(i, 1, here)[:, 0], self.bank, self.neighbors, self.search)
         return Raw(score, grid_to_map(d.view(-1, h, w), x.shape[-2:], self.blur))
 
 # %% ../../nbs/models/10_patchcore.ipynb #cebabb0e
