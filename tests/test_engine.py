@@ -171,7 +171,8 @@ def test_memory_is_bounded_and_too_little_is_said_before(data):
     with pytest.raises(AnomnbError, match="needs at least"):
         Engine(quiet=True, max_memory="100KB").fit(Patchcore(**TINY), data)
     model = Patchcore(**TINY)
-    engine = Engine(quiet=True, max_memory="1MB", batch_size=2)
+    needs = Engine(quiet=True, batch_size=2).estimate(model, data)
+    engine = Engine(quiet=True, max_memory=needs.least_bytes + (needs.wanted_bytes - needs.least_bytes)//4, batch_size=2)
     engine.fit(model, data)
     limit = model.accumulator.limit
     assert limit and model.accumulator.held <= limit and model.accumulator.reductions > 1

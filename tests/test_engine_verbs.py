@@ -342,5 +342,6 @@ def test_memory_in_words(images):
 def test_the_memory_of_a_partial_fit_is_bounded_too(images):
     model = fit(Patchcore, images[:4], coreset_ratio=0.05)
     assert model.accumulator.limit is None
-    Engine(quiet=True, max_memory="600KB", batch_size=1).partial_fit(model, images[4:16], calibrate=False)
+    room = model.batch_bytes(1) + 600_000
+    Engine(quiet=True, max_memory=room, batch_size=1).partial_fit(model, images[4:16], calibrate=False)
     assert model.accumulator.limit and model.accumulator.held <= model.accumulator.limit and len(model.fitted_images) == 16

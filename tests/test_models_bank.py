@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from anomnb.core.errors import AnomnbError
+from anomnb.models import farthest
 from anomnb.models.bank import BankAccumulator, coreset, project
+from anomnb.models.farthest import eager_order
+from anomnb.models.nearest import BankIndex
 
 
 def greedy(x, k, start=0):
@@ -23,6 +26,41 @@ def test_the_order_is_that_of_the_plain_loop(seed, offset):
     x = (g.standard_normal((3000, 6)) @ g.standard_normal((6, 40)) + offset).astype(np.float32)
     start = int(g.integers(3000))
     assert coreset(x, 400, start).tolist() == greedy(x, 400, start)
+
+
+@pytest.mark.parametrize("band, cells", [(16, 2**18), (64, 2**10), (300, 2**14)])
+@pytest.mark.parametrize("kind", ["correlated", "whole numbers", "copies", "far from zero"])
+def test_bands_of_any_size_give_the_same_order(monkeypatch, band, cells, kind):
+    monkeypatch.setattr(farthest, "BAND", band)
+    monkeypatch.setattr(farthest, "CELLS", cells)
+    g = np.random.default_rng(band)
+    x = g.standard_normal((4000, 5)) @ g.standard_normal((5, 24)) + (1000 if kind == "far from zero" else 0)
+    if kind == "whole numbers": x = x.round()
+    if kind == "copies": x = x[g.integers(0, 400, 4000)]
+    x = x.astype(np.float32)
+    assert coreset(x, 350).tolist() == greedy(x, 350)
+
+
+def test_copies_end_the_selection():
+    x = np.repeat(np.random.default_rng(2).normal(size=(40, 6)).astype(np.float32), 300, axis=0)
+    assert len(coreset(x, 100)) == 40 and coreset(x, 100).tolist() == greedy(x, 100)
+    assert eager_order(torch.from_numpy(x), 100) == greedy(x, 100)
+
+
+@pytest.mark.parametrize("kind", ["correlated", "copies", "flat"])
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_index_is_exact(kind, k, dtype):
+    g = torch.Generator().manual_seed(k)
+    bank = torch.randn(3000, 9, generator=g) @ torch.randn(9, 48, generator=g) + 0.1*torch.randn(3000, 48, generator=g) + 3
+    if kind == "copies": bank = bank[torch.randint(0, 150, (3000,), generator=g)]
+    if kind == "flat": bank = bank[:1].expand(3000, -1).clone()
+    q = torch.cat([bank[:100], bank[100:200] + 0.01*torch.randn(100, 48, generator=g), 5*torch.randn(100, 48, generator=g)])
+    true = (q.double()[:, None] - bank.double()).square().sum(2).sqrt().topk(k, 1, largest=False)[0]
+    found, rows = BankIndex(bank, dtype=dtype)(q, k)
+    assert (found - true).abs().max() <= 1e-5*true.max().clamp_min(1) and (found[:100, 0] == 0).all()
+    assert torch.allclose((bank[rows] - q[:, None]).square().sum(2).sqrt(), found, atol=1e-5)
+    assert all(len(set(r)) == k for r in rows.tolist())
 
 
 def test_ties_go_to_the_lowest_index_and_duplicates_end_it():
@@ -49,7 +87,7 @@ def test_shards_stay_within_the_bound():
         part.update(rows)
         part._reduce(part.keep)
     both = parts[0].merge(parts[1])
-    assert radius(both.finish()) <= 2*2*radius(whole.finish()) and len(both.rows[0]) == len(whole.rows[0])
+    assert radius(both.finish()) <= 2*2*radius(whole.finish()) and len(both.rows) == len(whole.rows)
 
 
 def test_the_projection_is_one_for_all_shards():

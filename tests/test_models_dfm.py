@@ -90,6 +90,17 @@ def test_images_go_out_again():
     same(model.finish(), less)
 
 
+def test_the_engine_forgets():
+    model = Engine(quiet=True, num_workers=0, batch_size=3).forget(fit(), GOOD[9:])
+    same(model, fit(GOOD[:9]))
+    assert len(model.fitted_images) == 9
+    with pytest.raises(AnomnbError, match="were not in the fit"):
+        Engine(quiet=True, num_workers=0).forget(model, GOOD[9:10])
+    with pytest.raises(AnomnbError, match="two good images or more, not 1"):
+        Engine(quiet=True, num_workers=0).forget(model, GOOD[1:9])
+    same(model, fit(GOOD[:9]))
+
+
 def test_images_go_out_of_sums_too():
     def small(images): return fit(images, backbone="resnet18", layers="layer1", image_size=32, pool=8)  # 64 numbers of 70 images
     many = [draw_good(0, "many", i, 32) for i in range(75)]

@@ -25,6 +25,7 @@ VIT = dict(backbone="vit_tiny_patch16_224", weights="random", image_size=(64, 96
 CNN = dict(backbone="resnet18", weights="random", image_size=64)
 BOTH = [AnomalyDino, SubspaceAd]
 EACH = [(cls, kw) for cls in BOTH for kw in (VIT, CNN)]
+MASKED = {**VIT, "image_size": 160, "foreground": 10.0, "num_neighbors": 2}
 GOOD = [draw_good(0, "tokens", i, 64) for i in range(6)]
 IMAGES = [draw_good(0, "parity", 0, 96), draw_good(0, "parity", 1, 96), draw_defect(0, "chip", 3, 0, 96)[0]]
 
@@ -58,7 +59,7 @@ def test_anomaly_dino_is_the_cosine_distance_to_the_nearest(kw, k):
     assert len(model.net.bank) == len(rows) and torch.allclose(rows.norm(dim=1), torch.ones(len(rows)).double(), atol=1e-6)
     d = (1 - query.permute(0, 2, 3, 1) @ rows.T).sort(-1)[0][..., :k].mean(-1).flatten(1)
     want = d.sort(1, descending=True)[0][:, :max(1, d.shape[1]//100)].mean(1)
-    torch.testing.assert_close(ask(model, IMAGES).score.double(), want, rtol=1e-3, atol=1e-6)  # 1 - cos loses its last digits near 0, even in float64 of float32 rows
+    torch.testing.assert_close(ask(model, IMAGES).score.double(), want, rtol=1e-3, atol=1e-6)  # 1 - cos of float32 rows loses digits near 0
 
 
 @pytest.mark.parametrize("kw", [VIT, CNN])
@@ -109,11 +110,11 @@ def test_foreground_is_the_first_principal_component():
 
 
 def test_foreground_masks_map_and_score():
-    tokens = dict(foreground=3.0, **VIT)
-    masked, plain = fitted(AnomalyDino, **tokens), fitted(AnomalyDino, **VIT)
+    larger = {**VIT, "image_size": 160}
+    masked, plain = fitted(AnomalyDino, foreground=10, **larger), fitted(AnomalyDino, **larger)
     a, b = ask(masked, IMAGES), ask(plain, IMAGES)
     assert (a.score <= b.score).all() and not torch.equal(a.map, b.map) and (a.map <= b.map + 1e-7).all()
-    nothing = fitted(AnomalyDino, foreground=1e6, **VIT)
+    nothing = fitted(AnomalyDino, foreground=1e6, **larger)
     assert torch.equal(ask(nothing, IMAGES).map, b.map)
 
 
@@ -266,21 +267,21 @@ def test_bounded():
     m = SubspaceAd(**CNN)
     assert m.memory(100, 4) == m.memory(10**9, 4)  # however many images
     least, wanted = m.memory(100, 4)
-    assert least < wanted == 40*384**2 + 12*4*64*384
+    assert least < wanted == 40*384**2
     bank = AnomalyDino(rotations=8, coreset_ratio=0.1, **CNN)
     assert bank.memory(100, 4)[0] < 0.2*bank.memory(100, 4)[1] and bank.memory(100, 4)[1] == 8*AnomalyDino(coreset_ratio=0.1, **CNN).memory(100, 4)[1]
     with pytest.raises(AnomnbError, match="needs at least"):
         Engine(quiet=True, max_memory="100KB").fit(AnomalyDino(**CNN), GOOD, calibrate=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the sketch keeps")
-        small = Engine(quiet=True, max_memory=least, batch_size=4).fit(SubspaceAd(rotations=2, **CNN), GOOD, calibrate=False)
+        small = Engine(quiet=True, max_memory=least + m.batch_bytes(4), batch_size=4).fit(SubspaceAd(rotations=2, **CNN), GOOD, calibrate=False)
     assert torch.isfinite(ask(small.eval(), IMAGES).map).all()
 
 
 # Exported
 
 @pytest.mark.parametrize("kind", ["onnx", "openvino"])
-@pytest.mark.parametrize("cls,kw", [*[(cls, None) for cls in BOTH], *[(cls, VIT) for cls in BOTH], (AnomalyDino, dict(foreground=2.0, num_neighbors=2, **VIT))])
+@pytest.mark.parametrize("cls,kw", [(AnomalyDino, None), (SubspaceAd, None), (AnomalyDino, VIT), (SubspaceAd, VIT), (AnomalyDino, MASKED)])
 def test_parity(cls, kw, kind, tmp_path):
     model = fitted(cls, **(kw or MODELS[cls.registry_name]["tiny"]))
     path, parity = export_model(model, tmp_path / "part", kind, images=IMAGES)
@@ -300,7 +301,7 @@ def test_published_defaults():
     s, d = SubspaceAd(), AnomalyDino()
     assert s.backbone.layers == [f"blocks.{n}" for n in range(22, 29)] and s.grid() == (48, 48) and s.dims == 1536 and len(s.angles) == 31
     assert d.backbone.layers == ["blocks.11"] and d.grid() == (32, 32) and d.backbone.kind.norm
-    assert s.net if hasattr(s, "net") else True  # nothing was built, nothing fetched
+    assert not s.built and not hasattr(d, "net")  # nothing fetched
 
 
 @pytest.mark.parametrize("size", [(224, 224), (96, 64), (320, 320)])

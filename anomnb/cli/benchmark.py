@@ -6,7 +6,7 @@
 __all__ = ['anomnb_benchmark']
 
 # %% ../../nbs/cli/02_benchmark.ipynb #e74fb389
-import json
+from json import dumps
 
 from fastcore.script import store_true
 
@@ -17,16 +17,18 @@ from ..core.record import package_versions
 
 # %% ../../nbs/cli/02_benchmark.ipynb #1b4dc83f
 @command()
-def anomnb_benchmark(suite:str, # what to measure: road
+def anomnb_benchmark(suite:str, # what to measure: road, speed or accuracy
                      rounds:int=3, # of each timing; medians are shown
+                     json:store_true=False, # print the rows as JSON, and nothing else
                      json_file:str=None, # also write the rows here
                      fail:store_true=False, # end with status 1 if a row is missed
                     ):
     "Measure speed, memory and accuracy against named baselines"
     from anomnb.engine.benchmark import SUITES
     if suite not in SUITES: raise unknown("suite", suite, SUITES)
-    rows = SUITES[suite](rounds=rounds)
-    if json_file: write_file(json_file, json.dumps(dict(versions=package_versions(), rows=[r.to_dict() for r in rows]), indent=1) + "\n")
+    rows = SUITES[suite](rounds=rounds, show=(lambda row: None) if json else print)
+    text = dumps(dict(versions=package_versions(), rows=[r.to_dict() for r in rows]), indent=1) + "\n"
+    if json_file: write_file(json_file, text)
     missed = [r.name for r in rows if r.reached is False]
-    print(f"{sum(bool(r.reached) for r in rows)} reached, {len(missed)} missed, {sum(r.reached is None for r in rows)} reported")
+    print(text if json else f"{sum(bool(r.reached) for r in rows)} reached, {len(missed)} missed, {sum(r.reached is None for r in rows)} reported")
     if fail and missed: raise SystemExit(1)

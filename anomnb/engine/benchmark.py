@@ -11,6 +11,7 @@ import os, statistics, subprocess, sys, time
 from dataclasses import asdict, dataclass, replace
 
 from ..core.errors import AnomnbError
+from ..core.names import late
 from ..core.paths import shared_data, shared_weights
 from ..data.folder import Folder
 from ..data.loader import make_loader
@@ -30,23 +31,30 @@ class Row:
     baseline:float|None = None
     ratio:float|None = None
     reach:float|None = None # None: reported only
+    stretch:float|None = None # what would be better still
     unit:str = "s"
-    at_least:bool = False # True: the value must be at least `reach` (accuracy); else the ratio at most
+    at_least:bool = False # True: the ratio, or the value without one, must be at least `reach`; else at most
     note:str = ""
 
     @property
     def reached(self)->bool|None:
         "Whether the claim holds; None where nothing is to reach"
         if self.reach is None: return None
-        return self.value >= self.reach if self.at_least else (self.value if self.ratio is None else self.ratio) <= self.reach
+        value = self.value if self.ratio is None else self.ratio
+        return value >= self.reach if self.at_least else value <= self.reach
+
+    @property
+    def stretched(self)->bool:
+        "Whether it is as good as was hoped for"
+        return self.stretch is not None and bool(replace(self, reach=self.stretch).reached)
 
     def to_dict(self)->dict: return {**asdict(self), "reached": self.reached}
 
     def __str__(self):
-        mark = {True: "reached", False: "MISSED", None: "reported"}[self.reached]
+        mark = {True: "reached", False: "MISSED", None: "reported"}[self.reached] + " and stretched"*self.stretched
         base = "" if self.baseline is None else f"  over {self.baseline:.4g} {self.unit}"
         ratio = "" if self.ratio is None else f"  ratio {self.ratio:.3f}"
-        to = "" if self.reach is None else f"  ({'>=' if self.at_least else '<='} {self.reach})"
+        to = "" if self.reach is None else f"  ({'>=' if self.at_least else '<='} {self.reach}{f', {self.stretch}' if self.stretch else ''})"
         note = f"  {self.note}" if self.note else ""
         return f"{self.name:<58} {self.value:.4g} {self.unit}{base}{ratio}{to}  {mark}{note}"
 
@@ -179,4 +187,4 @@ def run_road(rounds:int=3, show=print)->list:
     return rows
 
 # %% ../../nbs/engine/02_benchmark.ipynb #37b126a8
-SUITES = dict(road=run_road)
+SUITES = dict(road=run_road, speed=late("anomnb.engine.speed:run_speed"), accuracy=late("anomnb.engine.accuracy:run_accuracy"))

@@ -143,7 +143,7 @@ class Engine:
         with _quiet_lightning(): self.trainer = make_trainer(gathers, **self._given(model))
         rank, world = self.trainer.global_rank, self.trainer.world_size
         if not self.quiet: self.say(self._time(model, items, world))
-        empty = lambda: model.new_accumulator(len(before) + len(items), self.max_memory)
+        empty = lambda: model.new_accumulator(len(before) + len(items), self._room(model))
         if gathers: model.accumulator = empty().merge(gathered) if going_on and not rank else empty()
         mine, turns = take_share(items, rank, world), -(-len(take_share(items, 0, world))//self.batch_size)
         loader = make_loader(mine, self.batch_size, self.num_workers, on_error="keep", resize=model.pre.resize, hashes=True)
@@ -154,6 +154,10 @@ class Engine:
         if split.val: model.settle(split.val)
         model.rules = {"": self._choose_rule(model, split.cal)}
         return model
+
+    def _room(self, model):
+        "Bytes that an accumulator may hold: what a batch takes on its way to features comes off"
+        return None if self.max_memory is None else max(0, self.max_memory - model.batch_bytes(self.batch_size))
 
     def _given(self, model):
         "The Trainer's arguments: the user's, else the model's, else ours"
@@ -193,11 +197,16 @@ class Engine:
     def check_memory(self, model, items):
         "Raises `AnomnbError` before a fit that can't keep to `max_memory`, with the least it needs"
         if self.max_memory is None or not hasattr(model, "memory"): return
-        least = model.memory(len(items), self.batch_size)[0] + _held(model)
+        least = self._memory(model, items)[0] + _held(model)
         if least > self.max_memory: raise AnomnbError(
             f"max_memory={show_bytes(self.max_memory)} is too little: {type(model).__name__} on {len(items)} images needs at least {show_bytes(least)}. "
             "Allow that much, fit fewer images, lower image_size or, for PatchCore, coreset_ratio"
             f"{f'; {show_bytes(_held(model))} of it is what the model has gathered before' if _held(model) else ''}")
+
+    def _memory(self, model, items):
+        "(least, wanted) bytes of a fit: what it gathers, and a batch on its way to features"
+        if not hasattr(model, "memory"): return 0, 0
+        return tuple(o + model.batch_bytes(self.batch_size) for o in model.memory(len(items), self.batch_size))
 
     def estimate(self, model, data=None)->Estimate:
         "What a fit will take, from a timed first batch"
@@ -215,7 +224,7 @@ class Engine:
                 with evaluating(model, self.device): model.features(torch.stack(list(images)).to(self.device))
         seconds = (time.perf_counter() - t)/max(1, len(few))*len(items)/processes
         finish = model.finish_seconds(len(items)) if hasattr(model, "finish_seconds") else 0.0
-        least, wanted = model.memory(len(items), self.batch_size) if hasattr(model, "memory") else (0, 0)
+        least, wanted = self._memory(model, items)
         held = wanted if self.max_memory is None else min(wanted, max(least, self.max_memory))
         return Estimate(type(model).__name__, len(items), seconds + finish, finish, least, held)
 

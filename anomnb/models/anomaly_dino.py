@@ -13,8 +13,8 @@ from torch import nn
 from ..core.errors import AnomnbError
 from ..core.types import Raw
 from .backbones import Backbone
-from .bank import BankAccumulator
-from .nearest import nearest_rows
+from .bank import BankAccumulator, selection_seconds
+from .nearest import BankSearch
 from .patches import Blur, grid_to_map, pool_patches, stack_layers
 from .subspace_ad import FromViews, mean_of_top
 from ..processing.pre import as_size
@@ -56,6 +56,7 @@ class AnomalyDinoNet(nn.Module):
         super().__init__()
         self.backbone, self.neighbors, self.foreground, self.blur = backbone, neighbors, foreground, Blur(sigma)
         self.register_buffer("bank", torch.zeros(0, sum(backbone.channels)))
+        self.search = BankSearch()
 
     def tokens(self, x): # (B, D, h, w)
         maps = self.backbone(x)
@@ -66,7 +67,7 @@ class AnomalyDinoNet(nn.Module):
 
     def distances(self, e): # (B, D, h, w) of length one -> (B, h, w)
         _, dims, h, w = e.shape
-        d, _ = nearest_rows(e.permute(0, 2, 3, 1).reshape(-1, dims), self.bank, self.neighbors)
+        d, _ = self.search(e.permute(0, 2, 3, 1).reshape(-1, dims), self.bank, self.neighbors)
         return d.square().mean(1).view(-1, h, w)/2
 
     def forward(self, x):
@@ -104,8 +105,8 @@ class AnomalyDino(FromViews):
         self.net = AnomalyDinoNet(self.backbone.build(load_weights), self.args["num_neighbors"], self.args["foreground"])
 
     def new_accumulator(self, images, max_memory):
-        rows, row = images*self.rows_per_image(), self._row_bytes()
-        limit = None if max_memory is None or rows*row <= max_memory else max_memory//row
+        rows = images*self.rows_per_image()
+        limit = None if max_memory is None or rows*self._row_bytes() <= max_memory else max(1, max_memory//self._row_bytes())
         return BankAccumulator(self.args["coreset_ratio"], self.args["seed"], limit, rows)
 
     def finish(self):
@@ -114,10 +115,15 @@ class AnomalyDino(FromViews):
         if asked > rows: raise AnomnbError(f"num_neighbors={asked} but the bank has {rows} rows: fit more images, raise coreset_ratio, or lower num_neighbors")
         return self
 
-    def _row_bytes(self): # as it came and as part of the bank; a selection adds its projection, twice, and what it notes
-        return 8*sum(self.backbone.channels) + (8*128 + 40 if self.args["coreset_ratio"] < 1 else 0)
+    def _row_bytes(self): # as gathered, and again as the bank; where rows are selected, their projection and what is noted instead
+        dims = sum(self.backbone.channels)
+        return 8*dims if self.args["coreset_ratio"] == 1 else 4*dims + 4*min(128, dims) + 40
 
     def memory(self, images, batch):
         rows, row = images*self.rows_per_image(), self._row_bytes()
         view = batch*self.grid()[0]*self.grid()[1]
         return min(round(self.args["coreset_ratio"]*rows) + view, rows)*row, rows*row
+
+    def finish_seconds(self, images):
+        rows, ratio = images*self.rows_per_image(), self.args["coreset_ratio"]
+        return 0.0 if ratio == 1 else selection_seconds(rows, max(1, round(ratio*rows)), min(128, sum(self.backbone.channels)))

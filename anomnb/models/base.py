@@ -126,12 +126,17 @@ class FitOnce(AnomalyModule):
         raise NotImplementedError
 
     def memory(self, images:int, batch:int)->tuple:
-        "(least, wanted) bytes that a fit on so many images holds beside the backbone"
+        "(least, wanted) bytes that a fit on so many images gathers, in batches of `batch`; what a batch takes on the way is `batch_bytes`"
         raise NotImplementedError
 
     def finish_seconds(self, images:int)->float:
         "What `finish` will take after so many images, where it counts beside reading them"
         return 0.0
+
+    def batch_bytes(self, batch:int)->int:
+        "Bytes, about, that a batch takes on its way to features: twice the images, three of the first maps (64 at half size), four of the features"
+        (h, w), (gh, gw) = self.pre.size, self.grid()
+        return batch*(h*w*4*(2*3 + 3*16) + 4*4*gh*gw*sum(self.backbone.channels))
 
     def on_backbone(self, backbone, image_size):
         "Stand on a backbone that is not built yet: its `pre`, and the grid of its finest layer"

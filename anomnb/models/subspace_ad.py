@@ -72,7 +72,7 @@ def mean_of_top(x:torch.Tensor, # B×N
 def middle_blocks(blocks:int, # of a transformer
                  )->list: # positions
     "Blocks at the depth of the published 22 to 28 of 40"
-    return sorted({round(blocks*b/40) for b in range(22, 29)})
+    return sorted({blocks*b//40 for b in range(22, 29)})
 
 # %% ../../nbs/models/14_subspace_ad.ipynb #21b486df
 class SubspaceNet(nn.Module):
@@ -145,6 +145,4 @@ class SubspaceAd(FromViews):
 
     def new_accumulator(self, images, max_memory): return PatchComponents(self.dims, self.args["variance"], max_memory)
 
-    def memory(self, images, batch):
-        rows = self.grid()[0]*self.grid()[1]*batch # of one view
-        return tuple(o + 12*rows*self.dims for o in pca_memory(images*self.rows_per_image(), self.dims)) # the features thrice: as layers, stacked, as rows
+    def memory(self, images, batch): return pca_memory(images*self.rows_per_image(), self.dims)

@@ -19,7 +19,7 @@ CASES = {  # name: (class, arguments, images of a first fit, of a partial one, e
     "padim goes on": (Padim, dict(channels=20), 4, 5, {}),
     "dfkde": (Dfkde, {}, 5, 4, {}),
     "patchcore": (Patchcore, {}, 9, 0, dict(batch_size=2)),
-    "patchcore bounded": (Patchcore, {}, 12, 0, dict(batch_size=1, max_memory="500KB")),
+    "patchcore bounded": (Patchcore, {}, 12, 0, dict(batch_size=1, max_memory=1_700_000)),
     "patchcore alone": (Patchcore, dict(coreset_ratio=1.0), 1, 0, {}),
 }
 
