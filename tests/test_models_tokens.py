@@ -250,7 +250,9 @@ def test_merged_is_fitted_together(cls, kw):
 @pytest.mark.parametrize("kw", [VIT, CNN])
 def test_forgotten_is_never_seen(kw):
     model = fitted(SubspaceAd, **kw)
+    before = ask(model, IMAGES).map
     Engine(quiet=True).forget(model, GOOD[4:])
+    assert not torch.allclose(ask(model.eval(), IMAGES).map, before, rtol=1e-3)
     torch.testing.assert_close(ask(model.eval(), IMAGES).map, ask(fitted(SubspaceAd, GOOD[:4], **kw), IMAGES).map, rtol=1e-4, atol=1e-6)
     with pytest.raises(AnomnbError, match="not in the fit"):
         Engine(quiet=True).forget(model, GOOD[4:])
