@@ -17,6 +17,7 @@ from ..core.errors import AnomnbError
 from ..core.bars import progress
 from ..core.types import resample
 from ..data.loader import as_batches, good_positions, make_loader, select
+from .shares import safe_batches
 from ..metrics.pixel import PixelScores
 from ..metrics.ranking import auroc, f1_max
 from ..processing.prediction import failed_prediction, make_prediction
@@ -60,7 +61,7 @@ def stream_predictions(model, source, # a list of `Item`, or a loader
                       ):
     "Yield a `Prediction` for each image, in order; an unreadable one is named and the rest goes on"
     listed = isinstance(source, list)
-    if listed: batches = make_loader(source, batch_size, num_workers, on_error="keep", resize=model.pre.resize, masks=masks)
+    if listed: batches = safe_batches(make_loader(source, batch_size, num_workers, on_error="keep", resize=model.pre.resize, masks=masks), len(source))
     else: batches = as_batches(source, resize=model.pre.resize)
     bar = progress(stream_raw(model, batches, device), total=len(source) if listed else None, desc="predict", quiet=quiet)
     for n, (batch, i, score, map) in enumerate(bar):

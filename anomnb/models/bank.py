@@ -35,7 +35,8 @@ def coreset(x, # N×D, tensor or array
     "Farthest-first selection, exact in float64 (Gonzalez 1985). Ends early when nothing is left at a distance. Raises `AnomnbError`"
     x = torch.as_tensor(x)
     if isinstance(k, bool) or int(k) != k or not 1 <= k <= len(x): raise AnomnbError(f"a coreset of {k} rows can't be taken from {len(x)}")
-    if not all(torch.isfinite(o).all() for o in x.split(2**16)): raise AnomnbError("a coreset can't be taken from features with NaN or infinity: check the images and the weights")
+    if not all(torch.isfinite(o).all() for o in x.split(2**16)):
+        raise AnomnbError("a coreset can't be taken from features with NaN or infinity: check the images and the weights")
     if x.is_cuda: return np.array(eager_order(x, k, start))
     return _greedy_order(np.ascontiguousarray(x.numpy().astype(np.float32, copy=False)), k, start, quiet)
 

@@ -17,7 +17,8 @@ from ..core.types import Raw
 from ..processing.pre import Pre
 
 # %% ../../nbs/models/00_base.ipynb #0e6190ea
-ELSEWHERE = dict(coreset_sampling_ratio="coreset_ratio", n_features="channels", pre_trained="weights", input_size="image_size")
+ELSEWHERE = dict(coreset_sampling_ratio="coreset_ratio", n_features="channels", pre_trained="weights", input_size="image_size", layer="layers",
+                 score_type="score", pooling_kernel_size="pool", pca_level="variance", n_pca_components="components")
 
 # %% ../../nbs/models/00_base.ipynb #a15938f3
 def bind_arguments(cls, args:tuple, kwargs:dict)->dict:

@@ -75,7 +75,8 @@ class Patchcore(FitOnce):
                  storage="float32", # of the patches that a fit holds, or "float16" for half the memory
                 ):
         super().__init__()
-        if isinstance(coreset_ratio, str) or not 0 < coreset_ratio <= 1: raise AnomnbError(f"coreset_ratio={coreset_ratio!r}: the part of the patches to keep, above 0 and at most 1")
+        if isinstance(coreset_ratio, str) or not 0 < coreset_ratio <= 1:
+            raise AnomnbError(f"coreset_ratio={coreset_ratio!r}: the part of the patches to keep, above 0 and at most 1")
         if storage not in STORAGE: raise unknown("storage", storage, STORAGE)
         if int(num_neighbors) != num_neighbors or num_neighbors < 1: raise AnomnbError(f"num_neighbors={num_neighbors}: a whole number of at least 1")
         self.on_backbone(Backbone(backbone, layers=layers, strides=(8, 16), weights=weights), image_size)
