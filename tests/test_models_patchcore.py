@@ -1,10 +1,12 @@
 """PatchCore where its data or its arguments are at the edge of what makes sense."""
 import numpy as np
+import onnx
 import pytest
 import torch
 
 from anomnb.core.errors import AnomnbError
 from anomnb.engine.engine import Engine
+from anomnb.export.onnx import to_onnx
 from anomnb.models.bank import BankAccumulator
 from anomnb.models.farthest import FarthestFirst
 from anomnb.models.nearest import BankSearch, nearest_rows
@@ -101,3 +103,13 @@ def test_a_selection_ends_where_nothing_is_left():
     greedy = FarthestFirst(np.ones((500, 4), np.float32), 3)
     greedy.take(0)
     assert greedy.farthest()[1] == 0
+
+
+def test_an_exported_graph_holds_the_plain_tiled_search(tmp_path):
+    model = fit(images(20), coreset_ratio=0.9)
+    assert len(model.net.bank) > 1000
+    model(torch.rand(2, 3, 64, 64))  # arranges the bank
+    assert model.net.search.index is not None
+    graph = onnx.load(str(to_onnx(model, tmp_path/"m.onnx"))).graph
+    kinds = {n.op_type for n in graph.node}
+    assert "NonZero" not in kinds and {"TopK"} <= kinds

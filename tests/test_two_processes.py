@@ -28,7 +28,10 @@ def shared(toy, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(toy):
-    return dict(share_a_fit.models(list_images(toy / "train"), accelerator="cpu"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the two have: features must differ by nothing but the batch they came in
+    try: return dict(share_a_fit.models(list_images(toy / "train"), accelerator="cpu"))
+    finally: torch.set_num_threads(threads)
 
 
 def test_shares_are_a_partition():
@@ -68,7 +71,7 @@ def test_both_end_with_the_model_of_one_process(shared, alone, toy, case):
     direct.finish()
     assert two.net.bank.shape == direct.net.bank.shape
     merges = max(0, two.accumulator.reductions - 1)
-    assert radius(rows, two.net.bank) <= 2*(merges + 1)*radius(rows, direct.net.bank) + 1e-5
+    assert radius(rows, two.net.bank) <= 2*(merges + 1)*radius(rows, direct.net.bank) + 1e-6*rows.norm(dim=1).max()
     assert ("bounded" in case) == (merges > 0)
 
 

@@ -65,13 +65,13 @@ def bare_pass(model, items, engine):
 
 # %% ../../nbs/engine/03_speed.ipynb #f4e0862e
 def fit_rows(items:list, rounds:int, of:str, models=None)->list:
-    "Fits of all models on the same images, each over its own bare pass"
-    engine, rows = Engine(quiet=True, accelerator="cpu"), []
-    for name, model, reach, stretch in models or fitted_models():
-        model.build()
-        fit, bare = in_turn(rounds, lambda: engine.fit(model, items, calibrate=False), lambda: bare_pass(model, items, engine))
-        rows.append(Row(f"{name}, {len(items)} {of}", fit, bare, fit/bare, reach, stretch, note="over decode + pre + backbone"))
-    return rows
+    "Fits of all models on the same images, over the bare pass of the first"
+    engine, models = Engine(quiet=True, accelerator="cpu"), models or fitted_models()
+    for _, m, *_ in models: m.build()
+    fits = [lambda m=m: engine.fit(m, items, calibrate=False) for _, m, *_ in models]
+    bare, *taken = in_turn(rounds, lambda: bare_pass(models[0][1], items, engine), *fits)
+    return [Row(f"{name}, {len(items)} {of}", t, bare, t/bare, reach, stretch, note="over decode + pre + backbone")
+            for t, (name, _, reach, stretch) in zip(taken, models)]
 
 # %% ../../nbs/engine/03_speed.ipynb #282396b4
 def plain_loop(x, picks, d):
@@ -212,9 +212,9 @@ def run_speed(rounds:int=3, show=print)->list:
     with tempfile.TemporaryDirectory() as folder:
         items, (tile, others) = drawn_items(folder), tile_items()
         fitted = fitted_models()
-        for m in fitted: add(*fit_rows(items, rounds, "drawn", [m]))
+        add(*fit_rows(items, rounds, "drawn", fitted))
         if tile:
-            for m in fitted[:2]: add(*fit_rows(tile, rounds, "of magnetic_tile", [m]))
+            add(*fit_rows(tile, rounds, "of magnetic_tile", fitted[:2]))
             add(*bank_rows(tile, others[:16], rounds, "magnetic_tile", True, show))
         else: show("magnetic_tile is not here (set ANOMNB_DATA): selection and search are measured on drawn images alone")
         add(*bank_rows(items, items[:16], 1 if tile else rounds, "drawn", not tile, show))

@@ -105,10 +105,14 @@ class BankIndex:
                 )->tuple: # (distances Q×k ascending, indices Q×k)
         "The k nearest rows, as `nearest_rows` finds them"
         step = max(16, min(512, CELLS//len(self.bank)))
-        held = self.spare.pop() if self.spare else self.table.new_empty(step, self.table.shape[1]) # fresh memory costs as much as the product
+        held = self.spare.pop() if self.spare else self._fresh(step) # fresh memory costs as much as the product
         found = [self._search(o, k, held[:len(o)]) for o in q.split(step)]
         self.spare.append(held)
         return torch.cat([d for d, _ in found]), torch.cat([i for _, i in found])
+
+    def _fresh(self, rows):
+        with torch.inference_mode(False): # written to in any mode later on
+            return torch.empty(rows, self.table.shape[1], dtype=self.dtype, device=self.table.device)
 
     def _low(self, main, rest, squares, out=None):
         one = torch.ones_like(squares)
