@@ -40,7 +40,7 @@ class Blur(nn.Module):
 
     def forward(self, x:torch.Tensor)->torch.Tensor:
         r, k = self.radius, self.kernel
-        if min(x.shape[-2:]) <= r: raise AnomnbError(f"a map of {x.shape[-2]}×{x.shape[-1]} is too small to be smoothed: give an image_size of at least {r + 1}")
+        if min(x.shape[-2:]) <= r: raise AnomnbError(f"a map of {x.shape[-2]}×{x.shape[-1]} is too small to be smoothed: give image_size of at least {r + 1}")
         x = F.conv2d(F.pad(x, (r, r, 0, 0), mode="reflect"), k[:, :, None])
         return F.conv2d(F.pad(x, (0, 0, r, r), mode="reflect"), k[..., None])
 
