@@ -104,7 +104,7 @@ class BankIndex:
                  k:int=1,
                 )->tuple: # (distances Q×k ascending, indices Q×k)
         "The k nearest rows, as `nearest_rows` finds them"
-        step = max(16, min(512, CELLS//len(self.bank)))
+        step = max(16, min(1024, CELLS//len(self.bank)))
         held = self.spare.pop() if self.spare else self._fresh(step) # fresh memory costs as much as the product
         found = [self._search(o, k, held[:len(o)]) for o in q.split(step)]
         self.spare.append(held)
@@ -145,7 +145,7 @@ class BankIndex:
 
     def _decide(self, q, at, rows, k):
         "The k nearest of the rows that each query (`at`, ascending) is left with"
-        d = (self.bank[rows] - q[at]).square().sum(1)
+        d = torch.cat([(self.bank[r] - q[a]).square_().sum(1) for r, a in zip(rows.split(4096), at.split(4096))]) # in the cache
         count = torch.bincount(at, minlength=len(q))
         place = torch.arange(len(at), device=q.device) - (count.cumsum(0) - count)[at]
         all_d = d.new_full((len(q), max(k, int(count.max()))), torch.inf)
