@@ -35,6 +35,8 @@ def git_commit(folder:str|Path=".")->str|None: # None outside a git checkout
 # %% ../../nbs/core/07_record.ipynb #82d61079
 def peak_memory()->int: # bytes
     "The most memory this process has held (resident set; 0 where the system does not tell)"
+    status = Path("/proc/self/status") # `getrusage` would count what a large parent held when it started this process
+    if status.exists(): return next(int(o.split()[1])*1024 for o in status.read_text().splitlines() if o.startswith("VmHWM"))
     try: import resource
     except ImportError: return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == "darwin" else 1024)

@@ -66,6 +66,11 @@ def _product_type(device):
     return min((torch.float32, torch.bfloat16), key=seconds)
 
 # %% ../../nbs/models/03_nearest.ipynb #e64a1650
+def _least(x): # (n, 2^k, m) -> (n, m); four times as quick as amin on bfloat16
+    while x.shape[1] > 1: x = torch.minimum(x[:, :x.shape[1]//2], x[:, x.shape[1]//2:])
+    return x[:, 0]
+
+# %% ../../nbs/models/03_nearest.ipynb #d03f430b
 def _main_axes(x, keep):
     "As few principal axes (D×d, a multiple of 16 if there are enough) as hold `keep` of the variance of centred rows"
     scatter = sum((o.T @ o).double() for o in x.split(16384))
@@ -124,7 +129,7 @@ class BankIndex:
     def _search(self, q, k, held):
         main, rest, squares = self._split(q - self.mean)
         low = self._low(main, rest, squares, held) # (n, M): at most d² - |q|²
-        groups = low.view(len(q), GROUP, -1).amin(1)
+        groups = _least(low.view(len(q), GROUP, -1))
         limit = self._limit(q, squares, low, groups, k)
         at, group = torch.nonzero(groups.float() <= limit, as_tuple=True)
         if len(at) > CROWD*len(q): return nearest_rows(q, self.bank, k)

@@ -37,17 +37,31 @@ class Blur(nn.Module):
         t = torch.arange(-self.radius, self.radius + 1, dtype=torch.float64)
         k = torch.exp(-t.square()/(2*sigma**2))
         self.register_buffer("kernel", (k/k.sum()).float().view(1, 1, -1), persistent=False)
+        self.made = {} # matrices of `along`
 
-    def forward(self, x:torch.Tensor)->torch.Tensor:
-        r, k = self.radius, self.kernel
-        if min(x.shape[-2:]) <= r: raise AnomnbError(f"a map of {x.shape[-2]}×{x.shape[-1]} is too small to be smoothed: give image_size of at least {r + 1}")
-        x = F.conv2d(F.pad(x, (r, r, 0, 0), mode="reflect"), k[:, :, None])
-        return F.conv2d(F.pad(x, (0, 0, r, r), mode="reflect"), k[..., None])
+    def forward(self, x:torch.Tensor)->torch.Tensor: return self._line(self._line(x.mT).mT)
+
+    def _line(self, x): # along the last axis of B×1×H×W
+        if x.shape[-1] <= self.radius:
+            raise AnomnbError(f"a map of {x.shape[-1]} pixels along a side is too small to be smoothed: give image_size of at least {self.radius + 1}")
+        return F.conv2d(F.pad(x, (self.radius, self.radius, 0, 0), mode="reflect"), self.kernel[:, :, None])
+
+    def along(self, n:int, # places
+              size:int, # pixels
+             )->torch.Tensor: # size×n
+        "The matrix that stretches a line of places linearly to pixels and smooths it"
+        key = n, size, self.kernel.device
+        if key in self.made: return self.made[key]
+        with torch.inference_mode(False), torch.no_grad():
+            line = F.interpolate(torch.eye(n, device=self.kernel.device)[None], size=size, mode="linear", align_corners=False)
+            made = self._line(line[None])[0, 0].T.contiguous()
+        if not torch.compiler.is_compiling(): self.made[key] = made
+        return made
 
 # %% ../../nbs/models/02_patches.ipynb #b0b3f622
 def grid_to_map(d:torch.Tensor, # B×h×w distances
                 size:tuple, # (height, width) of the map
                 blur:nn.Module, # see `Blur`
                )->torch.Tensor: # B×H×W
-    "Distances on the patch grid as a smooth map at the size of the input"
-    return blur(F.interpolate(d[:, None], size=size, mode="bilinear", align_corners=False))[:, 0]
+    "Distances on the patch grid as a smooth map at the size of the input: bilinear, then `blur`"
+    return blur.along(d.shape[1], size[0]) @ d @ blur.along(d.shape[2], size[1]).T
