@@ -28,9 +28,8 @@ TO_REACH = {("hazelnut_toy", "PaDiM", "resnet18"): dict(image_AUROC=0.99, pixel_
 def measured_models(backbone:str, weights=None)->dict: # name -> a function that makes the model
     "The statistical detectors on a convolutional backbone"
     kw, deep = dict(backbone=backbone, weights=weights, image_size=256), "layer3" if backbone == "resnet18" else None
-    dfkde = dict(kw, layers=deep)
     return {"PatchCore 1 %": lambda: Patchcore(**kw, coreset_ratio=0.01), "PaDiM": lambda: Padim(**kw),
-            "DFM": lambda: Dfm(**kw, layers=deep), "DFKDE": lambda: Dfkde(**dfkde),
+            "DFM": lambda: Dfm(**kw, layers=deep), "DFKDE": lambda: Dfkde(**kw, layers=deep),
             "SubspaceAD": lambda: SubspaceAd(**kw, rotations=1), "AnomalyDINO 1 %": lambda: AnomalyDino(**kw, coreset_ratio=0.01)}
 
 # %% ../../nbs/engine/04_accuracy.ipynb #806f2e87
