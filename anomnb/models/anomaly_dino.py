@@ -13,7 +13,7 @@ from torch import nn
 from ..core.errors import AnomnbError
 from ..core.types import Raw
 from .backbones import Backbone
-from .bank import BankAccumulator, selection_seconds
+from .bank import Banked
 from .nearest import BankSearch
 from .patches import Blur, grid_to_map, pool_patches, stack_layers
 from .subspace_ad import FromViews, mean_of_top
@@ -77,10 +77,9 @@ class AnomalyDinoNet(nn.Module):
         return Raw(mean_of_top(d.flatten(1)), grid_to_map(d, x.shape[-2:], self.blur))
 
 # %% ../../nbs/models/15_anomaly_dino.ipynb #42b686b2
-class AnomalyDino(FromViews):
+class AnomalyDino(Banked, FromViews):
     "AnomalyDINO (Damm et al., WACV 2025)"
     registry_name = "anomaly_dino"
-    grown = ("net.bank",)
 
     def __init__(self,
                  backbone="vit_small_patch14_dinov2", # timm name, registered name, or nn.Module
@@ -94,8 +93,7 @@ class AnomalyDino(FromViews):
                  seed=0, # of the coreset's projection
                 ):
         super().__init__(rotations)
-        if not 0 < coreset_ratio <= 1: raise AnomnbError(f"coreset_ratio={coreset_ratio}: the part of the patches to keep, above 0 and at most 1")
-        if int(num_neighbors) != num_neighbors or num_neighbors < 1: raise AnomnbError(f"num_neighbors={num_neighbors}: a whole number of at least 1")
+        self.check_bank()
         if foreground is not None and (isinstance(foreground, bool) or not isinstance(foreground, (int, float)) or not foreground >= 0):
             raise AnomnbError(f"foreground={foreground!r}: a threshold of 0 or more, such as the published 10, or None for no mask")
         kw = dict(strides=(8, 14, 16), weights=weights, image_size=as_size(image_size), norm=True)
@@ -104,16 +102,7 @@ class AnomalyDino(FromViews):
     def make_net(self, load_weights):
         self.net = AnomalyDinoNet(self.backbone.build(load_weights), self.args["num_neighbors"], self.args["foreground"])
 
-    def new_accumulator(self, images, max_memory):
-        rows = images*self.rows_per_image()
-        limit = None if max_memory is None or rows*self._row_bytes() <= max_memory else max(1, max_memory//self._row_bytes())
-        return BankAccumulator(self.args["coreset_ratio"], self.args["seed"], limit, rows)
-
-    def finish(self):
-        super().finish()
-        asked, rows = self.args["num_neighbors"], len(self.net.bank)
-        if asked > rows: raise AnomnbError(f"num_neighbors={asked} but the bank has {rows} rows: fit more images, raise coreset_ratio, or lower num_neighbors")
-        return self
+    def new_accumulator(self, images, max_memory): return self.bank_accumulator(images, max_memory)
 
     def _row_bytes(self): # as gathered, and again as the bank; where rows are selected, their projection and what is noted instead
         dims = sum(self.backbone.channels)
@@ -123,7 +112,3 @@ class AnomalyDino(FromViews):
         rows, row = images*self.rows_per_image(), self._row_bytes()
         view = batch*self.grid()[0]*self.grid()[1]
         return min(round(self.args["coreset_ratio"]*rows) + view, rows)*row, rows*row
-
-    def finish_seconds(self, images):
-        rows, ratio = images*self.rows_per_image(), self.args["coreset_ratio"]
-        return 0.0 if ratio == 1 else selection_seconds(rows, max(1, round(ratio*rows)), min(128, sum(self.backbone.channels)))

@@ -9,10 +9,10 @@ __all__ = ['STORAGE', 'reweight', 'PatchcoreNet', 'Patchcore']
 import torch
 from torch import nn
 
-from ..core.errors import AnomnbError, unknown
+from ..core.errors import unknown
 from ..core.types import Raw
 from .backbones import Backbone
-from .bank import BankAccumulator, selection_seconds
+from .bank import Banked
 from .base import FitOnce
 from .nearest import BankSearch, nearest_rows
 from .patches import Blur, grid_to_map, pool_patches, stack_layers
@@ -59,10 +59,9 @@ class PatchcoreNet(nn.Module):
 STORAGE = {"float32": torch.float32, "float16": torch.float16}
 
 # %% ../../nbs/models/10_patchcore.ipynb #cebabb0e
-class Patchcore(FitOnce):
+class Patchcore(Banked, FitOnce):
     "PatchCore (Roth et al., CVPR 2022)"
     registry_name = "patchcore"
-    grown = ("net.bank",)
 
     def __init__(self,
                  backbone="wide_resnet50_2", # timm name, registered name, or nn.Module
@@ -75,26 +74,14 @@ class Patchcore(FitOnce):
                  storage="float32", # of the patches that a fit holds, or "float16" for half the memory
                 ):
         super().__init__()
-        if isinstance(coreset_ratio, str) or not 0 < coreset_ratio <= 1:
-            raise AnomnbError(f"coreset_ratio={coreset_ratio!r}: the part of the patches to keep, above 0 and at most 1")
+        self.check_bank()
         if storage not in STORAGE: raise unknown("storage", storage, STORAGE)
-        if int(num_neighbors) != num_neighbors or num_neighbors < 1: raise AnomnbError(f"num_neighbors={num_neighbors}: a whole number of at least 1")
         self.on_backbone(Backbone(backbone, layers=layers, strides=(8, 16), weights=weights), image_size)
 
     def make_net(self, load_weights):
         self.net = PatchcoreNet(self.backbone.build(load_weights), self.args["num_neighbors"])
 
-    def new_accumulator(self, images, max_memory):
-        rows = images*self.rows_per_image()
-        limit = None if max_memory is None or rows*self._row_bytes() <= max_memory else max(1, max_memory//self._row_bytes())
-        return BankAccumulator(self.args["coreset_ratio"], self.args["seed"], limit, rows, STORAGE[self.args["storage"]])
-
-    def finish(self):
-        super().finish()
-        asked, rows = self.args["num_neighbors"], len(self.net.bank)
-        if asked > rows: raise AnomnbError(f"num_neighbors={asked} but the bank has {rows} rows: fit more images, raise coreset_ratio, or lower num_neighbors")
-        return self
-
+    def new_accumulator(self, images, max_memory): return self.bank_accumulator(images, max_memory, STORAGE[self.args["storage"]])
     def rows_per_image(self): return self.grid()[0]*self.grid()[1]
 
     def _row_bytes(self):
@@ -105,7 +92,3 @@ class Patchcore(FitOnce):
         rows, row = images*self.rows_per_image(), self._row_bytes()
         least = (round(self.args["coreset_ratio"]*rows) + batch*self.rows_per_image())*row
         return min(least, rows*row), rows*row
-
-    def finish_seconds(self, images):
-        rows = images*self.rows_per_image()
-        return selection_seconds(rows, max(1, round(self.args["coreset_ratio"]*rows)), min(128, sum(self.backbone.channels)))
