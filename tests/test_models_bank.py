@@ -6,7 +6,7 @@ import torch
 from anomnb.core.errors import AnomnbError
 from anomnb.models import farthest
 from anomnb.models.bank import BankAccumulator, coreset, project
-from anomnb.models.farthest import eager_order
+from anomnb.models.farthest import eager_order, FarthestFirst
 from anomnb.models.nearest import BankIndex
 
 
@@ -68,6 +68,17 @@ def test_ties_go_to_the_lowest_index_and_duplicates_end_it():
     found = coreset(x, 300).tolist()
     assert found == greedy(x, 300) and len(found) == len(np.unique(x, axis=0))
     assert coreset(np.ones((600, 5), np.float32), 10).tolist() == [0]
+
+
+def test_copies_of_what_is_taken_are_not_followed():
+    x = np.repeat(np.random.default_rng(3).normal(size=(200, 6)).astype(np.float32), 100, axis=0)
+    few, followed = FarthestFirst(x, 300), []
+    few.take(0)
+    for _ in range(199):
+        row, far = few.farthest()
+        followed.append(len(few.rows))
+        few.take(row)
+    assert far > 0 == few.farthest()[1] and max(followed) <= 2*farthest.BAND + 100 < len(x)
 
 
 def test_one_row_all_rows_and_none():

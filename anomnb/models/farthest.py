@@ -81,7 +81,7 @@ class FarthestFirst:
         if len(rows) > 2*BAND: # too many to follow: the upper ones
             floor = np.partition(self.d[rows], len(rows) - BAND)[len(rows) - BAND]
             rows = rows[self.d[rows] >= floor]
-        if not self.d[rows].any(): rows = rows[:1] # nothing is left at a distance
+        if floor == 0: rows = rows[self.d[rows] > 0] if self.d[rows].any() else rows[:1] # duplicates of what is taken need no watching
         self.wanted = max(BAND, self.wanted//2) if len(rows) > BAND else min(16*BAND, self.wanted*2) if len(rows) < BAND//2 else self.wanted
         self._watch(rows, floor)
 

@@ -17,16 +17,16 @@ def pool_patches(x:torch.Tensor, # B×C×h×w
                  size:int=3, # neighbourhood, odd
                 )->torch.Tensor:
     "Mean over the neighbourhood of each place, zeros outside (PatchCore, Roth et al. 2022, eq. 2)"
-    return F.avg_pool2d(x, size, stride=1, padding=size//2)
+    return F.avg_pool2d(x.contiguous(memory_format=torch.channels_last), size, stride=1, padding=size//2)
 
 # %% ../../nbs/models/02_patches.ipynb #1d5cb89a
 def stack_layers(maps:list, # B×C_i×h_i×w_i, finest first
                  mode:str="bilinear", # "bilinear" (PatchCore) or "nearest" (PaDiM)
                 )->torch.Tensor: # B×ΣC×h×w on the grid of the first
     "Layers brought to the finest grid and stacked as channels; one without channels adds none"
-    size = maps[0].shape[-2:]
-    align = dict(align_corners=False) if mode == "bilinear" else {}
-    return torch.cat([maps[0], *(F.interpolate(o, size=size, mode=mode, **align) for o in maps[1:] if o.shape[1])], 1)
+    size, align = maps[0].shape[-2:], dict(align_corners=False) if mode == "bilinear" else {}
+    maps = [(n, o.contiguous(memory_format=torch.channels_last)) for n, o in enumerate(maps) if o.shape[1]]
+    return torch.cat([F.interpolate(o, size=size, mode=mode, **align) if n else o for n, o in maps], 1)
 
 # %% ../../nbs/models/02_patches.ipynb #933a005b
 class Blur(nn.Module):
