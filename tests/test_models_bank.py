@@ -6,7 +6,7 @@ import torch
 from anomnb.core.errors import AnomnbError
 from anomnb.models import farthest
 from anomnb.models.bank import BankAccumulator, coreset, project
-from anomnb.models.farthest import eager_order, FarthestFirst
+from anomnb.models.farthest import FarthestFirst, eager_order
 from anomnb.models.nearest import BankIndex
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from anomnb.core.errors import AnomnbError
-from anomnb.models import components
 from anomnb.models.components import PCA, coordinates, pca_memory, remainder, residual
+from anomnb.models.scatter import Rows, Scatter, Sketch
 
 
 def rows(n=60, dims=20, mean=0., falling=0.85, seed=0, dtype=torch.float64):
@@ -37,7 +37,7 @@ def test_is_numpy(n, dims, batch):
     x, p = rows(n, dims, mean=50), PCA(dims)
     for o in x.split(batch):
         p.update(o)
-    assert p.n == n and isinstance(p.held, components._Rows if n < dims else components._Scatter)
+    assert p.n == n and isinstance(p.held, Rows if n < dims else Scatter)
     k = min(6, n - 1, dims)
     agrees(p.finish(components=k), x, k)
 
@@ -199,7 +199,7 @@ def test_the_stated_error_bounds_the_true_one(seed):
     p = PCA(dims, max_bytes=pca_memory(n, dims)[0]*2)
     for o in x.split(int(g.integers(1, 100))):
         p.update(o)
-    assert isinstance(p.held, components._Sketch)
+    assert isinstance(p.held, Sketch)
     s, cov = p.finish(), torch.cov(x.T)
     V = s.basis.double()
     sketched, size = (V*s.values) @ V.T, p.held.size
@@ -220,7 +220,7 @@ def test_a_sketch_of_few_directions_is_exact():
     p = PCA(100, max_bytes=60_000)
     for o in x.split(50):
         p.update(o)
-    assert isinstance(p.held, components._Sketch) and p.finish().error < 1e-12
+    assert isinstance(p.held, Sketch) and p.finish().error < 1e-12
     agrees(p.finish(components=3), x, 3, 1e-8)
 
 
@@ -240,7 +240,7 @@ def test_memory_is_bounded():
             for i in range(4):
                 p.update(rows(n//4, dims, seed=i, dtype=torch.float32))
                 assert sum(v.nbytes for v in p.state().values()) <= limit
-        assert isinstance(p.held, components._Scatter)
+        assert isinstance(p.held, Scatter)
         with pytest.raises(AnomnbError, match="is too little for rows of .* allow at least"):
             PCA(dims, least//2).update(rows(n, dims))
     assert pca_memory(320, 16384) == (8*32*16384 + 160*64, 320*16384*12)

@@ -220,8 +220,9 @@ class Engine:
         t = time.perf_counter()
         for batch in make_loader(few, batch_size=len(few), num_workers=0, on_error="keep", resize=model.pre.resize):
             images = [o for o in batch.images if o is not None]
-            if len(images) and hasattr(model, "features"):
-                with evaluating(model, self.device): model.features(torch.stack(list(images)).to(self.device))
+            if len(images) and hasattr(model, "views"):
+                with evaluating(model, self.device):
+                    for _ in model.views(torch.stack(list(images)).to(self.device)): pass
         seconds = (time.perf_counter() - t)/max(1, len(few))*len(items)/processes
         finish = model.finish_seconds(len(items)) if hasattr(model, "finish_seconds") else 0.0
         least, wanted = self._memory(model, items)

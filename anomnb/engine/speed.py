@@ -17,10 +17,11 @@ import torch
 
 from ..core.errors import AnomnbError
 from ..core.paths import shared_data
+from ..core.record import seconds
 from ..data.folder import Folder
 from ..data.loader import make_loader
 from ..data.toy import draw_toy
-from .benchmark import bare_pass, in_turn, predict_row, Row, _resnet18, seconds, _tile
+from .benchmark import bare_pass, in_turn, predict_row, Row, _resnet18, _tile
 from .engine import Engine
 from .stream import evaluating
 from ..models.bank import coreset, project

@@ -53,7 +53,8 @@ def take_out(model, batches, total:int, device)->tuple: # (what was gathered, `f
         left.subtract(batch.hashes)
         strangers += [s for s, h in zip(batch.sources, batch.hashes) if left[h] < 0]
         if left.total() <= 0 and not strangers: raise AnomnbError("a model can't forget every image of its fit: make a new one instead")
-        if not strangers: gathered.subtract(model.features(model.transfer_batch_to_device(batch, device, 0).images))
+        if strangers: continue
+        for e in model.views(model.transfer_batch_to_device(batch, device, 0).images): gathered.subtract(e)
     if strangers: raise _strangers(strangers, total)
     return gathered, [o for o in model.fitted_images if left.subtract([o["sha256"]]) or left[o["sha256"]] >= 0]
 

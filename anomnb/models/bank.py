@@ -6,13 +6,12 @@
 __all__ = ['project', 'coreset', 'selection_seconds', 'BankAccumulator', 'Banked']
 
 # %% ../../nbs/models/04_bank.ipynb #bc219443
-import time
-
 import numpy as np
 import torch
 
 from ..core.errors import AnomnbError
 from ..core.bars import progress
+from ..core.record import seconds
 from ..core.seeds import rng
 from .farthest import eager_order, FarthestFirst
 
@@ -57,14 +56,8 @@ def selection_seconds(rows:int, # to select from
                      )->float:
     "Seconds, about, that `coreset` will take here: half of all distances, at the rate of a timed product, and the steps themselves"
     a = np.ones((512, dims), np.float32)
-    took = min(_seconds(lambda: a @ a.T) for _ in range(5))
+    took = min(seconds(lambda: a @ a.T) for _ in range(5))
     return k*1e-4 + 0.55*rows*k*1.3*took/512**2
-
-# %% ../../nbs/models/04_bank.ipynb #5199e95b
-def _seconds(call):
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 # %% ../../nbs/models/04_bank.ipynb #767a68a7
 class BankAccumulator:

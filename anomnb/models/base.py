@@ -156,8 +156,15 @@ class FitOnce(AnomalyModule):
         "What the accumulator takes: the embedding B×D×h×w of the good images, or B×D"
         with torch.no_grad(): return self.net.embed(self.pre(images))
 
+    def views(self, images):
+        "Those of each view of the good images in turn; here the images are the only one"
+        yield self.features(images)
+
     def configure_optimizers(self): return None
-    def training_step(self, batch, batch_idx): self.accumulator.update(name_bad_features(self.features(batch.images), batch.sources))
+
+    def training_step(self, batch, batch_idx):
+        for e in self.views(batch.images): self.accumulator.update(name_bad_features(e, batch.sources))
+
     def on_train_epoch_end(self): self.finish()
 
     def finish(self):

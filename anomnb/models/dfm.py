@@ -16,7 +16,7 @@ from ..core.errors import AnomnbError, unknown
 from ..core.types import Raw
 from .backbones import Backbone
 from .base import FitOnce
-from .components import PCA, Subspace, coordinates, pca_memory, remainder
+from .components import check_variance, coordinates, FeatureComponents, pca_memory, remainder, Subspace
 
 # %% ../../nbs/models/12_dfm.ipynb #dc756876
 def gaussian_nll(z:torch.Tensor, # (B, k) coordinates
@@ -47,24 +47,12 @@ class DfmNet(nn.Module):
         return Raw(score, F.interpolate(error[:, None], size=x.shape[-2:], mode="bilinear", align_corners=False)[:, 0])
 
 # %% ../../nbs/models/12_dfm.ipynb #a045e265
-class VectorAxes:
-    "`PCA` of one vector an image, from pooled features to what the net learns"
-    def __init__(self, dims:int, variance:float, max_memory:int|None=None): self.pca, self.variance = PCA(dims, max_memory), variance
-    def update(self, e): self.pca.update(e.flatten(1)) # (B, C, h, w)
-    def subtract(self, e): self.pca.subtract(e.flatten(1)); return self
-    def merge(self, other): self.pca.merge(other.pca); return self
-    def state(self): return self.pca.state()
-    def set_state(self, s): self.pca.set_state(s); return self
-
-    def copy(self):
-        new = VectorAxes(self.pca.dims, self.variance)
-        new.pca = self.pca.copy()
-        return new
-
+class VectorAxes(FeatureComponents):
+    "Axes of one vector an image, from pooled features (B, C, h, w) to what the net learns"
     def finish(self, quiet=True)->Subspace:
         "Mean and axes. Raises `AnomnbError` for images that do not differ"
         if self.pca.n < 2: raise AnomnbError(f"DFM needs two good images or more, not {self.pca.n}: it learns how they differ")
-        found = self.pca.finish(variance=self.variance)
+        found = super().finish()
         spread = float(found.values.sum()) + found.rest
         if not len(found.values) or spread <= 1e-10*float(found.mean.double().square().sum()): # what float32 rounds in a network
             raise AnomnbError(f"the features of all {self.pca.n} good images are the same: give images that differ, or check the backbone's weights")
@@ -87,8 +75,7 @@ class Dfm(FitOnce):
                 ):
         super().__init__()
         if score not in ("fre", "nll"): raise unknown("score", score, ("fre", "nll"))
-        if isinstance(variance, bool) or not isinstance(variance, (int, float)) or not 0 < variance <= 1:
-            raise AnomnbError(f"variance={variance!r}: the part of the variance that the axes keep, above 0 and at most 1")
+        check_variance(variance)
         self.on_backbone(Backbone(backbone, layers=layers, strides=(16,), weights=weights), image_size)
         if len(self.backbone.layers) != 1: raise AnomnbError(f"DFM describes one layer, not {', '.join(map(str, self.backbone.layers))}: choose one by layers=")
         h, w = self.grid()

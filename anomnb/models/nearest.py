@@ -11,6 +11,7 @@ import functools, time
 import torch
 
 from ..core.errors import AnomnbError
+from .scatter import descending
 
 # %% ../../nbs/models/03_nearest.ipynb #47e0c892
 TILE = 4096 # rows of the bank looked at together
@@ -75,10 +76,9 @@ def _least(x): # (n, 2^k, m) -> (n, m); four times as quick as amin on bfloat16
 def _main_axes(x, keep):
     "As few principal axes (D×d, a multiple of 16 if there are enough) as hold `keep` of the variance of centred rows"
     scatter = sum((o.T @ o).double() for o in x.split(16384))
-    values, axes = torch.linalg.eigh(scatter)
-    values = values.flip(0).clamp_min(0)
+    values, axes = descending(scatter)
     enough = int((values.cumsum(0) < keep*values.sum()).sum()) + 1
-    return axes.flip(1)[:, :-(-enough//16)*16].float().contiguous()
+    return axes[:, :-(-enough//16)*16].float().contiguous()
 
 # %% ../../nbs/models/03_nearest.ipynb #fb123aa9
 class BankIndex:

@@ -15,8 +15,8 @@ from torch import nn
 from ..core.errors import AnomnbError
 from ..core.types import Raw
 from .backbones import Backbone
-from .base import FitOnce, name_bad_features
-from .components import PCA, pca_memory, residual
+from .base import FitOnce
+from .components import check_variance, FeatureComponents, pca_memory, residual
 from .patches import Blur, grid_to_map, pool_patches, stack_layers
 from ..processing.pre import as_size
 
@@ -56,9 +56,6 @@ class FromViews(FitOnce):
 
     def features(self, images): return torch.cat(list(self.views(images)))
 
-    def training_step(self, batch, batch_idx):
-        for e in self.views(batch.images): self.accumulator.update(name_bad_features(e, batch.sources))
-
     def rows_per_image(self): return len(self.angles)*self.grid()[0]*self.grid()[1]
 
 # %% ../../nbs/models/14_subspace_ad.ipynb #a8c272e9
@@ -96,23 +93,13 @@ class SubspaceNet(nn.Module):
         return Raw(mean_of_top(map.flatten(1)), map)
 
 # %% ../../nbs/models/14_subspace_ad.ipynb #484a52f1
-class PatchComponents:
-    "`PCA` of all patches, from embeddings to what the net learns"
-    def __init__(self, dims:int, variance:float, max_bytes:int|None=None): self.pca, self.variance = PCA(dims, max_bytes), variance
-    def update(self, e): self.pca.update(e.permute(0, 2, 3, 1).flatten(0, 2)) # (B, D, h, w)
-    def subtract(self, e): self.pca.subtract(e.permute(0, 2, 3, 1).flatten(0, 2)); return self
-    def merge(self, other): self.pca.merge(other.pca); return self
-    def state(self): return self.pca.state()
-    def set_state(self, s): self.pca.set_state(s); return self
-
-    def copy(self):
-        new = PatchComponents(self.pca.dims, self.variance, self.pca.max_bytes)
-        new.pca = self.pca.copy()
-        return new
+class PatchComponents(FeatureComponents):
+    "Axes of all patches, from embeddings (B, D, h, w) to what the net learns"
+    def rows(self, e): return e.permute(0, 2, 3, 1).flatten(0, 2)
 
     def finish(self, quiet=True):
         "Mean and basis. Raises `AnomnbError` where the basis would explain everything"
-        found = self.pca.finish(variance=self.variance)
+        found = super().finish()
         if found.basis.shape[1] < self.pca.dims: return found
         raise AnomnbError(f"variance={self.variance} keeps all {self.pca.dims} directions, and nothing would be anomalous: lower it")
 
@@ -131,8 +118,7 @@ class SubspaceAd(FromViews):
                  rotations=31, # views of each good image: itself, and turned by angles spread over the circle; 1 for itself alone
                 ):
         super().__init__(rotations)
-        if isinstance(variance, bool) or not isinstance(variance, (int, float)) or not 0 < variance <= 1:
-            raise AnomnbError(f"variance={variance!r}: the part that the subspace keeps, above 0 and at most 1")
+        check_variance(variance)
         kw = dict(strides=(8, 14, 16), weights=weights, image_size=as_size(image_size))
         found = Backbone(backbone, layers=layers, **kw)
         if layers is None and found.blocks: found = Backbone(backbone, layers=middle_blocks(found.blocks), **kw)
