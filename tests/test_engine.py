@@ -227,7 +227,7 @@ def test_the_model_calls_the_engine(data, fitted, tmp_path):
 
 
 def test_rules_are_json(fitted):
-    assert json.loads(json.dumps({k: r.to_dict() for k, r in fitted.rules.items()}))[""]["method"] == "max_good"
+    assert json.loads(json.dumps({k: r.to_dict() for k, r in fitted.rules.items()}))[""]["method"] == "conformal"
 
 
 def test_sources_are_opened_once_as_items(data):

@@ -22,7 +22,7 @@ from anomnb.export.parity import export_model, verify  # noqa: E402
 from anomnb.models import nearest  # noqa: E402
 from anomnb.models.base import AnomalyModule  # noqa: E402
 from anomnb.models.patchcore import Patchcore  # noqa: E402
-from anomnb.processing.decision import max_good  # noqa: E402
+from anomnb.processing.thresholds import conformal_rule  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:backbone .* has random weights")
 IMAGES = [draw_good(0, "parity", 0, 96), draw_good(0, "parity", 1, 96), draw_defect(0, "chip", 3, 0, 96)[0]]
@@ -39,7 +39,7 @@ def road(tmp_path_factory):
     assert 400 < len(model.net.bank) < 600
     with torch.inference_mode():
         raws = [model(torch.from_numpy(to_unit(draw_good(0, "cal", i, 96)))[None]) for i in range(3)]
-    model.rules = {"": max_good([r.score.item() for r in raws], peaks=[r.map.max().item() for r in raws])}
+    model.rules = {"": conformal_rule([r.score.item() for r in raws], peaks=[r.map.max().item() for r in raws], strict=False)}
     folder = tmp_path_factory.mktemp("road")
     made = {kind: export_model(model, folder / "part", kind, images=IMAGES) for kind in ("torch", "onnx", "openvino")}
     return model, folder, made
@@ -195,7 +195,7 @@ def test_an_altered_byte_is_found(tmp_path):
                 Inferencer(xml if path.suffix == ".bin" else path)
         path.write_bytes(data)
     header = json.loads(json.dumps(Inferencer(onnx).header))
-    moved = onnx.read_bytes().replace(b'"method":"max_good"', b'"method":"max_goog"')
+    moved = onnx.read_bytes().replace(b'"method":"conformal"', b'"method":"conformat"')
     onnx.write_bytes(moved)
     with pytest.raises(AnomnbError, match="damaged"):
         Inferencer(onnx)
@@ -263,7 +263,7 @@ def test_decisions_that_differ_are_counted(level, tmp_path):
     model = level()
     path = export_model(model, tmp_path / "level", "onnx", images=IMAGES)[0]
     scores = Inferencer(path).raw(np.stack([to_unit(o) for o in IMAGES])).score
-    model.rules = {"": max_good([float(np.sort(scores)[1]) - 0.5 * np.ptp(scores[:2]) - 1e-3])}
+    model.rules = {"": conformal_rule([float(np.sort(scores)[1]) - 0.5 * np.ptp(scores[:2]) - 1e-3], strict=False)}
     parity = verify(model, path, IMAGES)
     assert not parity.ok and parity.worst < 1e-5 and sum(r["decisions"] for r in parity.rows) > 0
 

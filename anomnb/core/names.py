@@ -26,7 +26,9 @@ NAMES = {
         "read": ["read_image", "read_mask", "Item"], "toy": ["draw_toy"], "folder": ["Folder", "Toy", "Images"],
         "splits": ["split_good"], "loader": ["make_loader"]}.items() for n in ns},
     "processing": {n: f"anomnb.processing.{m}:{n}" for m, ns in {
-        "decision": ["DecisionRule", "decide", "max_good"], "pre": ["Pre"]}.items() for n in ns},
+        "decision": ["DecisionRule", "decide"], "pre": ["Pre"],
+        "conformal": ["images_needed", "lowest_rate", "p_values", "benjamini_hochberg"],
+        "thresholds": ["conformal_rule", "quantile_rule", "f1_rule", "cost_rule"]}.items() for n in ns},
     "models": {n: f"anomnb.models.{m}:{n}" for m, ns in {
         "base": ["AnomalyModule", "FitOnce", "merge"], "backbones": ["Backbone", "list_backbones", "register_backbone"],
         "patchcore": ["Patchcore"], "padim": ["Padim"], "dfm": ["Dfm"], "dfkde": ["Dfkde"],

@@ -166,4 +166,5 @@ def run_road(rounds:int=3, show=print)->list:
     return rows
 
 # %% ../../nbs/engine/02_benchmark.ipynb #37b126a8
-SUITES = dict(road=run_road, speed=late("anomnb.engine.speed:run_speed"), accuracy=late("anomnb.engine.accuracy:run_accuracy"))
+SUITES = dict(road=run_road, speed=late("anomnb.engine.speed:run_speed"), accuracy=late("anomnb.engine.accuracy:run_accuracy"),
+              promise=late("anomnb.engine.promise:run_promise"))

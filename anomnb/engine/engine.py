@@ -6,38 +6,30 @@
 __all__ = ['Estimate', 'Engine']
 
 # %% ../../nbs/engine/01_engine.ipynb #f4024b07
-import inspect, logging, signal, threading, time, warnings
-from contextlib import contextmanager
+import inspect, time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from lightning import Callback, Trainer
+from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from ..core.errors import AnomnbError, unknown
-from ..core.bars import progress
 from ..core.seeds import seed_everything
 from ..core.types import Predictions
 from ..core.units import parse_bytes, show_bytes, show_seconds
 from ..data.folder import as_data
 from ..data.loader import make_loader
 from ..data.read import open_source
+from .calibration import FROM_LABELS, check_fresh, choose_rule, score_images
 from .shares import FitBatches, Together, make_trainer, take_share
 from .stream import Evaluator, Scores, evaluating, stream_predictions
-from .undo import check_forgets, older_rule, take_out, unchanged_on_error
+from .trainer import FitBar, quiet_lightning
+from .undo import check_forgets, take_out, unchanged_on_error
 from ..export.parity import export_model
 from ..models.base import AnomalyModule
-from ..processing.decision import DecisionRule, max_good
-
-# %% ../../nbs/engine/01_engine.ipynb #c9f4d921
-class _Bar(Callback):
-    "The fit's progress with its remaining time"
-    def __init__(self, total, quiet): self.bar = progress(total=total, desc="fit", quiet=quiet)
-    def on_train_batch_end(self, *args): self.bar.update()
-    def on_train_epoch_end(self, *args): self.bar.close()
-    def on_exception(self, *args): self.bar.close()
+from ..processing.decision import DecisionRule
 
 # %% ../../nbs/engine/01_engine.ipynb #5fe52f11
 @dataclass
@@ -60,24 +52,6 @@ def _in_order(model, data):
     if not isinstance(model, AnomalyModule): raise AnomnbError(f"a model is needed, such as Patchcore(); got {type(model).__name__} and {type(data).__name__}")
     if data is None: raise AnomnbError("data is needed: a data module such as Folder('parts'), a folder, or a list of images")
     return model, data
-
-# %% ../../nbs/engine/01_engine.ipynb #9194e257
-@contextmanager
-def _quiet_lightning():
-    "Leave out the Trainer's remarks on what is meant to be so; Ctrl-C stays Ctrl-C (the Trainer turns it into an exit and stops listening)"
-    logs = [logging.getLogger(f"lightning.{o}") for o in ("pytorch", "fabric")]
-    levels, main = [o.level for o in logs], threading.current_thread() is threading.main_thread()
-    for o in logs: o.setLevel(logging.ERROR)
-    heard = signal.getsignal(signal.SIGINT)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning")
-            warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-            yield
-    except SystemExit as e: raise KeyboardInterrupt from e
-    finally:
-        for o, level in zip(logs, levels): o.setLevel(level)
-        if main: signal.signal(signal.SIGINT, heard)
 
 # %% ../../nbs/engine/01_engine.ipynb #5c50628c
 def _held(model):
@@ -140,7 +114,7 @@ class Engine:
         before = model.fitted_images if going_on else []
         model.quiet, items, gathers = self.quiet, split.fit, hasattr(model, "new_accumulator")
         self.check_memory(model, items)
-        with _quiet_lightning(): self.trainer = make_trainer(gathers, **self._given(model))
+        with quiet_lightning(): self.trainer = make_trainer(gathers, **self._given(model))
         rank, world = self.trainer.global_rank, self.trainer.world_size
         if not self.quiet: self.say(self._time(model, items, world))
         empty = lambda: model.new_accumulator(len(before) + len(items), self._room(model))
@@ -166,17 +140,40 @@ class Engine:
         return {**ours, **model.trainer_defaults, **self.trainer_args}
 
     def _train(self, model, batches, callbacks):
-        self.trainer.callbacks[:0] = [*callbacks, _Bar(len(batches), self.quiet or rank_zero_only.rank)]
+        self.trainer.callbacks[:0] = [*callbacks, FitBar(len(batches), self.quiet or rank_zero_only.rank)]
         model.fitted = False
-        with _quiet_lightning(): self.trainer.fit(model, train_dataloaders=batches)
+        with quiet_lightning(): self.trainer.fit(model, train_dataloaders=batches)
         if not model.fitted:
             raise AnomnbError("the fit ended before anything was learnt: see the messages above, and the Trainer's arguments that stop it early")
 
     def _choose_rule(self, model, kept_aside):
+        "The conformal rule of what was kept aside; of too few for its rate, the highest good score and what that promises"
         if not kept_aside: return DecisionRule()
-        found = list(stream_predictions(model, kept_aside, self.device, self.batch_size, self.num_workers, quiet=True))
-        ok = [p for p in found if p.error is None]
-        return max_good([p.score for p in ok], None if any(p.raw_map is None for p in ok) else [p.raw_map.max() for p in ok])
+        found = self._score(model, kept_aside)
+        for message in found.skipped: self.say(f"left out of the threshold: {message}")
+        return choose_rule(found, strict=False) if found.scores else DecisionRule(reason="none of the good images kept aside could be read: nothing is decided")
+
+    def _score(self, model, items): return score_images(model, items, self.device, self.batch_size, self.num_workers, quiet=True)
+
+    def calibrate(self, model, data=None, # images that the fit has not seen; for a promise, good ones
+                  false_alarm_rate:float=0.01, # of good images to come, to be promised
+                  confidence:float|None=None, # that this one threshold keeps it, such as 0.95; None: it is kept on average over calibrations
+                  threshold:str="conformal", # or "quantile", without a promise; "f1" or "cost", from good and anomalous images
+                  by_category:bool=False, # a rule for each category of the images
+                  **how, # arguments of that rule, see `anomnb.processing.thresholds`
+                 )->AnomalyModule:
+        "Set the threshold anew. Raises `AnomnbError` for images that were in the fit, and where the rate can't be promised, with what it takes"
+        model, data = _in_order(model, data)
+        self._check_fitted(model)
+        items = data.test_items if threshold in FROM_LABELS and hasattr(data, "test_items") else as_data(data, self.seed).train_items
+        if threshold == "conformal": how.update(false_alarm_rate=false_alarm_rate, confidence=confidence)
+        found = self._score(model, items)
+        if found.skipped: raise AnomnbError(f"{len(found.skipped)} of {len(items)} images can't be read, the first: {found.skipped[0]}")
+        check_fresh(model, found)
+        parts = {c: found.of(c) for c in sorted(set(found.categories))} if by_category else {"": found}
+        model.rules, model.model_hash = {**model.rules, **{c: choose_rule(o, threshold, **how) for c, o in parts.items()}}, ""
+        for c in parts: self.say(f"{c and c + ': '}threshold {model.rules[c].threshold:.4g}, {model.rules[c].reason}")
+        return model
 
     def forget(self, model, data=None, # good images that were part of its fit
                calibrate=None, # good images that were not, to set the threshold anew
@@ -191,7 +188,8 @@ class Engine:
             model.accumulator, model.fitted_images = take_out(model, loader, len(items), self.device)
             model.finish()
             model.metrics, model.model_hash = {}, ""
-            model.rules = {k: older_rule(r) for k, r in model.rules.items()} if aside is None else {"": self._choose_rule(model, aside)}
+            older = {k: r.stale("chosen before images were forgotten") for k, r in model.rules.items()}
+            model.rules = older if aside is None else {"": self._choose_rule(model, aside)}
         return model
 
     def check_memory(self, model, items):
@@ -229,8 +227,11 @@ class Engine:
         held = wanted if self.max_memory is None else min(wanted, max(least, self.max_memory))
         return Estimate(type(model).__name__, len(items), seconds + finish, finish, least, held)
 
-    def _stream(self, model, items, **kw):
+    def _check_fitted(self, model):
         if not model.fitted: raise AnomnbError(f"{type(model).__name__} is not fitted: call engine.fit(model, data) first, or load a saved model")
+
+    def _stream(self, model, items, **kw):
+        self._check_fitted(model)
         return stream_predictions(model, items, self.device, self.batch_size, self.num_workers, quiet=self.quiet, **kw)
 
     def predict(self, model, source=None,

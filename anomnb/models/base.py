@@ -92,6 +92,7 @@ class AnomalyModule(LightningModule):
     def _engine(self): return late("anomnb.engine.engine:Engine")()
     def fit(self, data, **kw): "`engine.fit`"; return self._engine().fit(self, data, **kw)
     def partial_fit(self, data, **kw): "`engine.partial_fit`"; return self._engine().partial_fit(self, data, **kw)
+    def calibrate(self, good, **kw): "`engine.calibrate`"; return self._engine().calibrate(self, good, **kw)
     def forget(self, data, **kw): "`engine.forget`"; return self._engine().forget(self, data, **kw)
     def estimate(self, data, **kw): "`engine.estimate`"; return self._engine().estimate(self, data, **kw)
     def validate(self, data, **kw): "`engine.validate`"; return self._engine().validate(self, data, **kw)
