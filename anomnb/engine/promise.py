@@ -52,6 +52,6 @@ def run_promise(rounds:int=1, # kept for the command line: there are always 200 
         for rate in RATES:
             found = half_rates(scores, rate)
             rows.append(Row(f"{name}, {rate:.0%} promised by {len(scores)//2} good images", found.mean(), unit="of good images",
-                            note=f"± {found.std():.4f} over {len(found)} halves; nine of ten in {np.quantile(found, .05):.4f} to {np.quantile(found, .95):.4f}"))
+                            note=f"± {found.std():.4f} over {len(found)} halves, nine of ten {np.quantile(found, .05):.4f} to {np.quantile(found, .95):.4f}"))
             show(rows[-1])
     return rows
