@@ -8,7 +8,7 @@ import pytest
 from scipy import ndimage
 
 from anomnb.core.errors import AnomnbError
-from anomnb.metrics.pixel import PixelScores, _ordered, aupro, pixel_auroc
+from anomnb.metrics.pixel import PIXEL_METRICS, PixelScores, _ordered, aupro, pixel_auroc
 from anomnb.metrics.ranking import auroc, f1_max, roc_curve
 
 CLOSE = dict(rel=0, abs=1e-12)  # float64 sums of some thousand terms in [0, 1]
@@ -111,7 +111,10 @@ def slow(maps, masks, limit=.3):
     if k < len(x):
         x, y = np.r_[x[:k], limit], np.r_[y[:k], y[k-1] + (y[k] - y[k-1]) * (limit - x[k-1]) / (x[k] - x[k-1])]
     pairs = (bad[:, None] > good).sum() + (bad[:, None] == good).sum() / 2
-    return {"pixel_AUROC": pairs / good.size / bad.size, "pixel_AUPRO": np.sum(np.diff(x) * (y[1:] + y[:-1]) / 2) / limit}
+    precision = [(bad >= t).sum() / ((bad >= t).sum() + (good >= t).sum()) for t in bad]
+    f1 = [2 * (bad >= t).sum() / ((bad >= t).sum() + (good >= t).sum() + bad.size) for t in np.r_[good, bad]]
+    return {"pixel_AUROC": pairs / good.size / bad.size, "pixel_AP": np.mean(precision), "pixel_F1Max": max(f1),
+            "pixel_AUPRO": np.sum(np.diff(x) * (y[1:] + y[:-1]) / 2) / limit}
 
 
 def gathered(maps, masks, limit=.3):
@@ -152,14 +155,17 @@ def test_one_score_everywhere_is_chance():
     mask = np.zeros((300, 300), np.int32)
     mask[:10, :10] = 1
     mask[20:21, 20:21] = 2
+    share = 101 / 300**2
     found = gathered([np.full(mask.shape, .7)], [mask]).compute()
-    assert found == pytest.approx({"pixel_AUROC": .5, "pixel_AUPRO": .15}, **CLOSE)  # the line PRO = rate
+    wanted = {"pixel_AUROC": .5, "pixel_AP": share, "pixel_F1Max": 2*share/(1 + share), "pixel_AUPRO": .15}  # the line PRO = rate
+    assert found == pytest.approx(wanted, **CLOSE)
 
 
 def test_a_perfect_map_and_its_opposite():
     mask = np.eye(20, dtype=np.uint8) * 255
-    assert gathered([mask * 1.], [mask]).compute() == {"pixel_AUROC": 1., "pixel_AUPRO": 1.}
-    assert gathered([mask * -1.], [mask > 0]).compute() == {"pixel_AUROC": 0., "pixel_AUPRO": 0.}
+    assert gathered([mask * 1.], [mask]).compute() == dict.fromkeys(PIXEL_METRICS, 1.)
+    least = gathered([mask * -1.], [mask > 0]).compute()
+    assert least == pytest.approx({"pixel_AUROC": 0., "pixel_AP": 1/20, "pixel_F1Max": 2/21, "pixel_AUPRO": 0.}, **CLOSE)
     assert gathered([mask * 1.], [mask]).n_regions == 1  # a diagonal is one region: corners touch
 
 
@@ -186,10 +192,10 @@ def test_missing_says_why():
     flat, none, full = np.zeros((4, 4), np.float32), np.zeros((4, 4), int), np.ones((4, 4), int)
     for pixels, text in [(PixelScores(), "no map"), (gathered([flat] * 2, [None, none]), "no pixel is marked as a defect in any of 2"),
                          (gathered([flat], [full]), "no pixel is good"), (gathered([flat], [-full]), "no pixel is marked")]:
-        assert pixels.compute() == {} and set(pixels.missing) == {"pixel_AUROC", "pixel_AUPRO"}
+        assert pixels.compute() == {} and set(pixels.missing) == set(PIXEL_METRICS)
         assert all(text in o for o in pixels.missing.values())
         pixels.update(flat, np.eye(4, dtype=int))
-        assert len(pixels.compute()) == 2 and pixels.missing == {}
+        assert len(pixels.compute()) == 4 and pixels.missing == {}
 
 
 @pytest.mark.parametrize("score, mask, text", [

@@ -21,7 +21,11 @@ NAMES = {
         "names": ["late", "list_models", "create_model", "register_model"], "seeds": ["seed_everything", "rng"],
         "record": ["RunRecord"]}.items() for n in ns},
     "metrics": {n: f"anomnb.metrics.{m}:{n}" for m, ns in {
-        "ranking": ["auroc", "f1_max", "roc_curve"], "pixel": ["PixelScores", "aupro", "pixel_auroc"]}.items() for n in ns},
+        "ranking": ["auroc", "f1_max", "roc_curve"],
+        "operating": ["average_precision", "pr_curve", "recall_at_fpr", "fpr_at_recall", "passed_good",
+                      "caught_bad"],
+        "intervals": ["Interval", "auroc_interval", "bootstrap_images"], "comparison": ["compare"],
+        "pixel": ["PixelScores", "aupro", "pixel_auroc"]}.items() for n in ns},
     "data": {n: f"anomnb.data.{m}:{n}" for m, ns in {
         "read": ["read_image", "read_mask", "Item"], "toy": ["draw_toy"], "folder": ["Folder", "Toy", "Images"],
         "splits": ["split_good"], "loader": ["make_loader"]}.items() for n in ns},

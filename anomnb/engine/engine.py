@@ -259,6 +259,7 @@ class Engine:
             e.update(p)
             if each: each(p)
         model.metrics = dict(out := e.compute(f"{type(model).__name__} on {data.name}"))
+        out.notes += [f"{k and k + ': '}threshold from {r.reason}" for k, r in model.rules.items() if r.threshold is not None]
         return out
 
     def validate(self, model, data=None)->Scores:
