@@ -106,3 +106,11 @@ def test_nothing_but_calibration_reads_what_is_kept_aside(name):
     mine, theirs = a.state_dict(), b.state_dict()
     assert len(aside) == 6 and mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
     assert a.rules[""].threshold != b.rules[""].threshold and a.rules[""].rate == 1/7
+
+
+def test_a_threshold_explains_itself(model):
+    engine.calibrate(model, noise(99, 1), false_alarm_rate=0.05)
+    text = model.explain_threshold()
+    assert "score 95 of 99" in text and "a thousand good images to come that is 50 stopped" in text and "higher" in text and "4 %" in text and "6 %" in text
+    model.rules[""] = model.rules[""].at(2.5, "agreed")
+    assert "No false-alarm rate is promised" in model.explain_threshold() and "Nothing is decided" in Padim(**SMALL).explain_threshold()

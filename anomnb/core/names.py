@@ -32,7 +32,7 @@ NAMES = {
     "processing": {n: f"anomnb.processing.{m}:{n}" for m, ns in {
         "decision": ["DecisionRule", "decide"], "pre": ["Pre"],
         "conformal": ["images_needed", "lowest_rate", "p_values", "benjamini_hochberg"],
-        "thresholds": ["conformal_rule", "quantile_rule", "f1_rule", "cost_rule"]}.items() for n in ns},
+        "thresholds": ["explain_rule", "conformal_rule", "quantile_rule", "f1_rule", "cost_rule"]}.items() for n in ns},
     "models": {n: f"anomnb.models.{m}:{n}" for m, ns in {
         "base": ["AnomalyModule", "FitOnce", "merge"], "backbones": ["Backbone", "list_backbones", "register_backbone"],
         "patchcore": ["Patchcore"], "padim": ["Padim"], "dfm": ["Dfm"], "dfkde": ["Dfkde"],

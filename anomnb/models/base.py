@@ -14,6 +14,8 @@ from lightning import LightningModule
 from ..core.errors import AnomnbError, unknown
 from ..core.names import late
 from ..core.types import Raw
+from ..processing.decision import rule_for
+from ..processing.thresholds import explain_rule
 from ..processing.pre import Pre
 
 # %% ../../nbs/models/00_base.ipynb #0e6190ea
@@ -93,6 +95,7 @@ class AnomalyModule(LightningModule):
     def fit(self, data, **kw): "`engine.fit`"; return self._engine().fit(self, data, **kw)
     def partial_fit(self, data, **kw): "`engine.partial_fit`"; return self._engine().partial_fit(self, data, **kw)
     def calibrate(self, good, **kw): "`engine.calibrate`"; return self._engine().calibrate(self, good, **kw)
+    def explain_threshold(self, category=""): "The threshold in words"; return explain_rule(rule_for(self.rules, category))
     def forget(self, data, **kw): "`engine.forget`"; return self._engine().forget(self, data, **kw)
     def estimate(self, data, **kw): "`engine.estimate`"; return self._engine().estimate(self, data, **kw)
     def validate(self, data, **kw): "`engine.validate`"; return self._engine().validate(self, data, **kw)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from anomnb.processing.pre import Pre as Pre
     from anomnb.processing.thresholds import conformal_rule as conformal_rule
     from anomnb.processing.thresholds import cost_rule as cost_rule
+    from anomnb.processing.thresholds import explain_rule as explain_rule
     from anomnb.processing.thresholds import f1_rule as f1_rule
     from anomnb.processing.thresholds import quantile_rule as quantile_rule
 
