@@ -11,7 +11,7 @@ from html import escape
 import numpy as np
 
 from ..core.errors import AnomnbError
-from .intervals import _draws, _quantile, contributions, Interval, percentile_interval, WeightedRanks
+from .intervals import _quantile, bootstrap, contributions, Interval, WeightedRanks
 from .ranking import auroc
 
 # %% ../../nbs/metrics/03_comparison.ipynb #a35d9518
@@ -26,12 +26,9 @@ def auroc_difference(a, b, # N scores each, of the same images
 # %% ../../nbs/metrics/03_comparison.ipynb #961d0ce5
 def image_differences(a, b, labels, groups=None, draws:int=2000, level:float=0.95, seed:int=0)->dict: # name -> Interval
     "Differences of image AUROC, AP and F1Max, a less b. Raises `AnomnbError`"
-    x, y, n = WeightedRanks(a, labels), WeightedRanks(b, labels), len(np.ravel(labels))
-    whole = np.ones((1, n), np.int64)
-    value = {k: float((u - v)[0]) for (k, u), v in zip(x.metrics(whole).items(), y.metrics(whole).values())}
-    parts = np.array_split(_draws(n, draws, seed, groups), max(1, n*draws//2**21))
-    found = [{k: u - v for (k, u), v in zip(x.metrics(w).items(), y.metrics(w).values())} for w in parts]
-    out = {k: percentile_interval(v, np.concatenate([o[k] for o in found]), level, "pairs") for k, v in value.items()}
+    x, y = WeightedRanks(a, labels), WeightedRanks(b, labels)
+    less = lambda w: {k: u - v for (k, u), v in zip(x.metrics(w).items(), y.metrics(w).values())}
+    out = bootstrap(less, len(np.ravel(labels)), groups, draws, level, seed, "pairs")
     if groups is None or not any(groups): out["image_AUROC"] = auroc_difference(a, b, labels, level)
     return out
 
