@@ -9,7 +9,7 @@ __all__ = ['RULES', 'FROM_LABELS', 'Scored', 'score_images', 'check_fresh', 'che
 from dataclasses import dataclass, field
 
 from ..core.bars import progress
-from ..core.errors import AnomnbError, unknown
+from ..core.errors import AnomnbError, first_few, unknown
 from ..data.loader import make_loader
 from .shares import safe_batches
 from .stream import stream_raw
@@ -55,14 +55,14 @@ def check_fresh(model, found:Scored):
     "Raises `AnomnbError` for images that the fit has learned: they score lower than new ones, and a rate taken from them would not be kept"
     seen = {o["sha256"] for o in model.fitted_images}
     known = [n for n, h in zip(found.names, found.hashes) if h in seen]
-    if known: raise AnomnbError(f"{len(known)} of {len(found.names)} images were in the fit: {', '.join(known[:5])}{' …' if len(known) > 5 else ''}. "
+    if known: raise AnomnbError(f"{len(known)} of {len(found.names)} images were in the fit: {first_few(known)}. "
                                 "A threshold needs good images that the model has not seen: give others, or fit with calibrate=True, which keeps some aside")
 
 # %% ../../nbs/engine/00_calibration.ipynb #737eaba3
 def check_good(found:Scored):
     "Raises `AnomnbError` for images that are labelled as defects"
     bad = [n for n, y in zip(found.names, found.labels) if y == 1]
-    if bad: raise AnomnbError(f"{len(bad)} of {len(found.names)} images are labelled anomalous: {', '.join(bad[:5])}{' …' if len(bad) > 5 else ''}. "
+    if bad: raise AnomnbError(f"{len(bad)} of {len(found.names)} images are labelled anomalous: {first_few(bad)}. "
                               "A false-alarm rate is a matter of good images alone: leave them out, or choose threshold='f1' or 'cost', which use both")
 
 # %% ../../nbs/engine/00_calibration.ipynb #f1307103

@@ -9,7 +9,7 @@ __all__ = ['unchanged_on_error', 'check_forgets', 'take_out']
 from collections import Counter
 from contextlib import contextmanager
 
-from ..core.errors import AnomnbError
+from ..core.errors import AnomnbError, first_few
 from ..core.names import MODELS
 from .shares import safe_batches
 
@@ -40,8 +40,8 @@ def check_forgets(model):
 
 # %% ../../nbs/engine/00_undo.ipynb #5fe52f17
 def _strangers(names, total):
-    return AnomnbError(f"{len(names)} of {total} images were not in the fit (or were given twice), so nothing was forgotten: {', '.join(names[:5])}"
-                       f"{' …' if len(names) > 5 else ''}. Those kept aside for the threshold were never in it")
+    return AnomnbError(f"{len(names)} of {total} images were not in the fit (or were given twice), so nothing was forgotten: {first_few(names)}. "
+                       "Those kept aside for the threshold were never in it")
 
 # %% ../../nbs/engine/00_undo.ipynb #5fe52f18
 def take_out(model, batches, total:int, device)->tuple: # (what was gathered, `fitted_images`) without them
