@@ -2,13 +2,15 @@
 import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy import ndimage
 
 from anomnb.core.errors import AnomnbError
-from anomnb.metrics.pixel import PIXEL_METRICS, PixelScores, _ordered, aupro, pixel_auroc
+from anomnb.metrics.keys import ordered
+from anomnb.metrics.pixel import PIXEL_METRICS, PixelScores, au_spro, aupimo, aupro, pixel_auroc, pixel_average_precision, pixel_f1_max
 from anomnb.metrics.ranking import auroc, f1_max, roc_curve
 
 CLOSE = dict(rel=0, abs=1e-12)  # float64 sums of some thousand terms in [0, 1]
@@ -124,15 +126,95 @@ def gathered(maps, masks, limit=.3):
     return pixels
 
 
+def small_parts(monkeypatch, seed):
+    for module in ("keys", "pimo"):  # tie groups cross the parts of a pass
+        monkeypatch.setattr(f"anomnb.metrics.{module}.PART", (7, 64, 1 << 16)[seed % 3])
+    monkeypatch.setattr("anomnb.metrics.keys._BLOCK", (100, 1 << 23)[seed % 2])
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_pixels_against_naive(seed, monkeypatch):
     maps, masks = parts(seed)
     limit = (.3, .05, 1., .01)[seed % 4]
-    monkeypatch.setattr("anomnb.metrics.pixel._PART", (7, 64, 1 << 16)[seed % 3])  # tie groups cross the parts of a pass
-    monkeypatch.setattr("anomnb.metrics.pixel._BLOCK", (100, 1 << 23)[seed % 2])
+    small_parts(monkeypatch, seed)
     found = gathered(maps, masks, limit).compute()
+    found.pop("pixel_AUPIMO", None)
     assert found == pytest.approx(slow(maps, masks, limit), **CLOSE)
-    assert aupro(maps, masks, limit) == found["pixel_AUPRO"] and pixel_auroc(maps, masks) == found["pixel_AUROC"]
+    alone = [pixel_auroc(maps, masks), pixel_average_precision(maps, masks), pixel_f1_max(maps, masks), aupro(maps, masks, limit)]
+    assert alone == [found[k] for k in PIXEL_METRICS[:4]]
+
+
+def pimo_at(x, y, u, end=False):
+    "The curve through points (x, y), x ascending, where an area up from u begins, or ends at u"
+    k = int((x <= u).sum()) - 1
+    if end and (near := np.isclose(x, u, rtol=0, atol=1e-12)).any():
+        return y[near][0]
+    return y[k] if k + 1 == len(x) or x[k] == u else y[k] + (y[k+1] - y[k]) * (u - x[k]) / (x[k+1] - x[k])
+
+
+def slow_pimo(maps, masks, lower, upper):
+    "AUPIMO of each anomalous image from a point at every distinct score; None where the bounds are not supported"
+    masks = [np.zeros(s.shape, int) if m is None else m for s, m in zip(maps, masks)]
+    good = [s[m == 0] for s, m in zip(maps, masks) if not (m > 0).any() and (m == 0).any()]
+    if not good:
+        return None
+    at, out = np.unique(np.concatenate([s.ravel() for s in maps]))[::-1], []
+    rate = np.array([np.mean([(g >= t).mean() for g in good]) for t in at])
+    if rate[rate > 0][0] > lower:
+        return None
+    for hit in [s[m > 0] for s, m in zip(maps, masks) if (m > 0).any()]:
+        y, last = np.array([(hit >= t).mean() for t in at]), np.flatnonzero(np.r_[np.diff(rate) > 0, True])  # the highest point at each rate
+        first = np.flatnonzero(np.r_[True, np.diff(rate) > 0])
+        x = np.log(np.maximum(np.stack([rate[first], rate[last]], 1).ravel(), 1e-300))  # up at one rate, then along the line
+        x, y = x, np.stack([y[first], y[last]], 1).ravel()
+        a, b = np.log(lower), np.log(upper)
+        inside = (x > a) & (x < b - 1e-12)
+        xs, ys = np.r_[a, x[inside], b], np.r_[pimo_at(x, y, a), y[inside], pimo_at(x, y, b, end=True)]
+        out.append(np.sum(np.diff(xs) * (ys[1:] + ys[:-1]) / 2) / (b - a))
+    return out
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_pimo_against_naive(seed, monkeypatch):
+    maps, masks = parts(seed, n=7)
+    small_parts(monkeypatch, seed)
+    lower, upper = ((.02, .2), (.1, .5), (.05, .9), (.01, 1.))[seed % 4]
+    pixels = PixelScores(pimo=(lower, upper))
+    for s, m in zip(maps, masks):
+        pixels.update(s, m)
+    found, wanted = pixels.compute().get("pixel_AUPIMO"), slow_pimo(maps, masks, lower, upper)
+    if wanted is None:
+        assert found is None and "pixel_AUPIMO" in pixels.missing
+    else:
+        assert found == pytest.approx(np.mean(wanted), rel=0, abs=1e-12) and pixels.per_image == pytest.approx(np.array(wanted), rel=0, abs=1e-12)
+        assert found == aupimo(maps, masks, lower, upper)
+
+
+def regions_of(seed, maps, masks):
+    "Annotated regions that overlap, with saturation areas, and masks that hold them all"
+    g, defects, union = np.random.default_rng([seed, 1]), [], []
+    for s, m in zip(maps, masks):
+        m = np.zeros(s.shape, int) if m is None else m
+        own = {k: SimpleNamespace(mask=(g.random(s.shape) < .4), saturation=[None, 1, 3, 500][g.integers(4)]) for k in range(int(g.integers(0, 4)))}
+        defects.append(own)
+        union.append(np.where(m < 0, -1, np.any([np.zeros(s.shape, bool), *(d.mask for d in own.values())], 0)).astype(int))
+    return defects, union
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_saturated_overlap_against_naive(seed):
+    maps, masks = parts(seed)
+    defects, masks = regions_of(seed, maps, masks)
+    limit = (.05, .3, 1.)[seed % 3]
+    good = np.concatenate([s[m == 0] for s, m in zip(maps, masks)])
+    inside = [(s[d.mask & (m > 0)], d.saturation) for s, m, known in zip(maps, masks, defects) for d in known.values() if (d.mask & (m > 0)).any()]
+    at = [np.inf, *np.unique(np.concatenate([s.ravel() for s in maps]))[::-1]]
+    x = np.array([(good >= t).mean() for t in at])
+    y = np.array([np.mean([min((r >= t).sum() / min(a or len(r), len(r)), 1) for r, a in inside]) for t in at])
+    k = int((x <= limit).sum())
+    if k < len(x):
+        x, y = np.r_[x[:k], limit], np.r_[y[:k], y[k-1] + (y[k] - y[k-1]) * (limit - x[k-1]) / (x[k] - x[k-1])]
+    assert au_spro(maps, masks, defects, limit) == pytest.approx(np.sum(np.diff(x) * (y[1:] + y[:-1]) / 2) / limit, **CLOSE)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -163,20 +245,20 @@ def test_one_score_everywhere_is_chance():
 
 def test_a_perfect_map_and_its_opposite():
     mask = np.eye(20, dtype=np.uint8) * 255
-    assert gathered([mask * 1.], [mask]).compute() == dict.fromkeys(PIXEL_METRICS, 1.)
+    assert gathered([mask * 1.], [mask]).compute() == dict.fromkeys(PIXEL_METRICS[:4], 1.)
     least = gathered([mask * -1.], [mask > 0]).compute()
     assert least == pytest.approx({"pixel_AUROC": 0., "pixel_AP": 1/20, "pixel_F1Max": 2/21, "pixel_AUPRO": 0.}, **CLOSE)
-    assert gathered([mask * 1.], [mask]).n_regions == 1  # a diagonal is one region: corners touch
+    assert gathered([mask * 1.], [mask]).areas == [20]  # a diagonal is one region: corners touch
 
 
 def test_touching_kinds_are_one_region():
-    assert gathered([np.zeros((4, 4))], [np.arange(16).reshape(4, 4)]).n_regions == 1
+    assert gathered([np.zeros((4, 4))], [np.arange(16).reshape(4, 4)]).areas == [15]
 
 
 def test_keys_keep_the_order_of_floats():
     s = np.random.default_rng(0).integers(0, 1 << 32, 20_000, dtype=np.uint64).astype(np.uint32).view(np.float32)
     s = np.sort(np.r_[s[np.isfinite(s)], np.float32([0, -0.0])])
-    k = _ordered(s).astype(np.int64)
+    k = ordered(s).astype(np.int64)
     assert ((np.diff(k) > 0) == (np.diff(s.astype(np.float64)) > 0)).all() and (np.diff(k) >= 0).all()
 
 
@@ -192,10 +274,10 @@ def test_missing_says_why():
     flat, none, full = np.zeros((4, 4), np.float32), np.zeros((4, 4), int), np.ones((4, 4), int)
     for pixels, text in [(PixelScores(), "no map"), (gathered([flat] * 2, [None, none]), "no pixel is marked as a defect in any of 2"),
                          (gathered([flat], [full]), "no pixel is good"), (gathered([flat], [-full]), "no pixel is marked")]:
-        assert pixels.compute() == {} and set(pixels.missing) == set(PIXEL_METRICS)
+        assert pixels.compute() == {} and set(pixels.missing) == set(PIXEL_METRICS[:5])
         assert all(text in o for o in pixels.missing.values())
         pixels.update(flat, np.eye(4, dtype=int))
-        assert len(pixels.compute()) == 4 and pixels.missing == {}
+        assert len(pixels.compute()) == 4 and set(pixels.missing) == {"pixel_AUPIMO"}
 
 
 @pytest.mark.parametrize("score, mask, text", [
@@ -208,7 +290,7 @@ def test_pixels_name_bad_input(score, mask, text):
     pixels = PixelScores()
     with pytest.raises(AnomnbError, match=text):
         pixels.update(score, mask)
-    assert pixels.n_regions == 0 and pixels.compute() == {}  # nothing half-added
+    assert pixels.areas == [] and pixels.compute() == {}  # nothing half-added
 
 
 def test_bad_limits_and_lengths():
