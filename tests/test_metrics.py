@@ -9,6 +9,7 @@ import pytest
 from scipy import ndimage
 
 from anomnb.core.errors import AnomnbError
+from anomnb.metrics.binned import BinnedPixelScores
 from anomnb.metrics.keys import ordered
 from anomnb.metrics.pixel import PIXEL_METRICS, PixelScores, au_spro, aupimo, aupro, pixel_auroc, pixel_average_precision, pixel_f1_max
 from anomnb.metrics.ranking import auroc, f1_max, roc_curve
@@ -305,3 +306,28 @@ def test_bad_limits_and_lengths():
 def test_no_torch():
     code = "import sys; sys.modules['torch'] = None; import anomnb.metrics.ranking, anomnb.metrics.pixel"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_binned_is_within_its_bound(seed, monkeypatch):
+    maps, masks = parts(seed, n=7, digits=(2, 7)[seed % 2])
+    defects, union = regions_of(seed, maps, masks)
+    monkeypatch.setattr("anomnb.metrics.binned._COLLAPSE", (50, 1 << 24)[seed % 2])
+    limits, bits = dict(pimo=(.05, .5), spro_limit=.3), (9, 11, 14, 20, 32)[seed % 5]
+    exact, cut, left, right = PixelScores(**limits), *(BinnedPixelScores(bits, **limits) for _ in range(3))
+    for k, (s, m, d) in enumerate(zip(maps, union, defects)):
+        for o in (exact, cut, right if k > 3 else left):
+            o.update(s, m, d)
+    wanted, found = exact.compute(), cut.compute()
+    assert set(found) <= set(wanted) and set(cut.errors) == set(found)
+    for name, value in found.items():
+        assert abs(value - wanted[name]) <= cut.errors[name] + 1e-12, name
+        assert bits < 32 or cut.errors[name] <= wanted[name] * 1e-12 + _tied(maps, union, name)
+    assert left.merge(right).compute() == pytest.approx(found, **CLOSE)
+
+
+def _tied(maps, masks, name):
+    "With all bits kept an error is left only where good and defect pixels tie, and there the lines between points are exact"
+    scores = [(s[m == 0], s[m > 0]) for s, m in zip(maps, masks)]
+    good, bad = (np.concatenate(o) for o in zip(*scores))
+    return 1. if np.isin(good, bad).any() else 0.
