@@ -4,7 +4,7 @@ import pytest
 
 from anomnb.core.errors import AnomnbError
 from anomnb.metrics.comparison import auroc_difference, compare, image_differences
-from anomnb.metrics.intervals import WeightedRanks, _draws, auroc_interval, bootstrap_images, delong_variance
+from anomnb.metrics.intervals import WeightedRanks, draw_weights, auroc_interval, bootstrap_images, delong_variance
 from anomnb.metrics.operating import average_precision, fpr_at_recall, recall_at_fpr
 from anomnb.metrics.ranking import auroc, f1_max
 
@@ -46,13 +46,13 @@ def test_draws_are_what_drawing_gives(seed):
     s, y = images(seed, 3)
     groups = [f"g{i//3}" if i % 2 else "" for i in range(len(s))]
     for names in (None, groups):
-        w = _draws(len(s), 40, seed, names)
+        w = draw_weights(len(s), 40, seed, names)
         ranks = WeightedRanks(s, y).metrics(w)
         for i in range(40):
             a, b = np.repeat(s, w[i]), np.repeat(y, w[i])
             if len(set(b)) < 2: assert np.isnan([v[i] for v in ranks.values()]).all()
             else: assert [v[i] for v in ranks.values()] == pytest.approx([auroc(a, b), average_precision(a, b), f1_max(a, b)[0]], abs=1e-12)
-    together = _draws(len(s), 50, 0, groups)
+    together = draw_weights(len(s), 50, 0, groups)
     for g in set(groups) - {""}:
         at = [i for i, o in enumerate(groups) if o == g]
         assert (together[:, at] == together[:, at[:1]]).all()

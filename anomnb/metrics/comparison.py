@@ -11,14 +11,14 @@ from html import escape
 import numpy as np
 
 from ..core.errors import AnomnbError
-from .intervals import _quantile, bootstrap, contributions, Interval, WeightedRanks
+from .intervals import normal_quantile, bootstrap, contributions, Interval, WeightedRanks
 from .ranking import auroc
 
 # %% ../../nbs/metrics/03_comparison.ipynb #a35d9518
 def auroc_difference(a, b, # N scores each, of the same images
                      labels, level:float=0.95)->Interval:
     "AUROC of a less AUROC of b (paired, DeLong et al. 1988). Raises `AnomnbError`"
-    z, value, spread = _quantile(level), auroc(a, labels) - auroc(b, labels), 0.
+    z, value, spread = normal_quantile(level), auroc(a, labels) - auroc(b, labels), 0.
     for x, y in zip(contributions(a, labels), contributions(b, labels)): spread += float(np.var(x - y, ddof=1)/len(x)) if len(x) > 1 else 0.
     if spread <= 1e-24: return Interval(value, None, None, "no image tells them apart", level)
     return Interval(value, value - z*spread**0.5, value + z*spread**0.5, "paired DeLong", level)

@@ -9,7 +9,7 @@ __all__ = ['SLACK', 'pr_curve', 'average_precision', 'recall_at_fpr', 'fpr_at_re
 import numpy as np
 
 from ..core.errors import AnomnbError
-from .ranking import _ranked, _steps, roc_curve
+from .ranking import check_ranked, score_steps, roc_curve
 
 # %% ../../nbs/metrics/00_operating.ipynb #d24ab855
 def pr_curve(scores, # N raw anomaly scores, higher is more anomalous
@@ -18,7 +18,7 @@ def pr_curve(scores, # N raw anomaly scores, higher is more anomalous
     """Precision and recall of `score >= threshold` at every distinct score.
 
     Raises `AnomnbError` for scores that are not finite, unequal lengths or a single class."""
-    values, good, bad = _steps(*_ranked(scores, labels))
+    values, good, bad = score_steps(*check_ranked(scores, labels))
     tp, fp = np.cumsum(bad), np.cumsum(good)
     return tp/(tp + fp), tp/tp[-1], values
 
