@@ -27,8 +27,13 @@ def _labels(labels):
     return y.astype(bool)
 
 # %% ../../nbs/metrics/00_ranking.ipynb #0b9ec274
+def _judged(maps, masks):
+    if np.shape(maps) != masks.shape: raise AnomnbError(f"maps are {np.shape(maps)} and masks {masks.shape}: give masks of the maps' shape")
+    return np.asarray(maps)[masks >= 0], masks[masks >= 0] > 0
+
 def check_ranked(scores, labels):
-    "Scores as float64 and labels as bool, both classes present; AnomnbError otherwise"
+    "Scores as float64 and labels as bool, both classes present; of maps the pixels whose mask is not -1. AnomnbError otherwise"
+    if np.ndim(labels) > 1: scores, labels = _judged(scores, np.asarray(labels))
     s, y = _scores(scores), _labels(labels)
     if len(s) != len(y): raise AnomnbError(f"{len(s)} scores and {len(y)} labels: give one label for each score")
     bad = int(y.sum())
