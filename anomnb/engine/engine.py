@@ -24,7 +24,9 @@ from ..data.loader import make_loader
 from ..data.read import open_source
 from .calibration import FROM_LABELS, check_fresh, choose_rule, score_images
 from .shares import FitBatches, Together, make_trainer, take_share
-from .stream import Evaluator, Scores, evaluating, stream_predictions
+from .stream import evaluating, reuse_notes, stream_predictions
+from ..metrics.evaluation import Evaluation
+from ..metrics.evaluator import Evaluator
 from .trainer import FitBar, quiet_lightning
 from .undo import check_forgets, take_out, unchanged_on_error
 from ..export.parity import export_model
@@ -246,30 +248,34 @@ class Engine:
 
     def test(self, model, data=None,
              pixel_size:int|None=None, # pixels taken at this size, as published tables do; None: at each image's own
+             metrics=(), # torchmetrics classes or instances beside ours, or a mapping from names to them; `pixel_…` take pixels
+             intervals:bool=True, # False spares the bootstrap
+             pixel_bits:int|None=None, # None: exact; 20: bounded memory, with the error stated
              each=None, # called with every `Prediction`, to keep what is wanted of it
-            )->Scores:
-        "Image and pixel metrics on the test images, streamed"
+            )->Evaluation:
+        "Image and pixel metrics on the test images, streamed; says where test images were in the fit or set the threshold"
         model, data = _in_order(model, data)
         if isinstance(data, (str, Path)): data = as_data(data)
         if not hasattr(data, "test_items"): raise AnomnbError("testing needs to know which images are good: give a data module such as Folder(…)")
         if not data.test_items:
             raise AnomnbError(f"{data.name} has no test images: put them in test/good and test/KIND, or beside the good ones in a folder 'bad'")
-        e = Evaluator(pixel_size)
-        for p in self._stream(model, data.test_items, masks=True):
+        e, hashes = Evaluator(pixel_size, metrics, intervals, pixel_bits), []
+        for p in self._stream(model, data.test_items, masks=True, hashes=hashes):
             e.update(p)
             if each: each(p)
         model.metrics = dict(out := e.compute(f"{type(model).__name__} on {data.name}"))
         out.notes += [f"{k and k + ': '}threshold from {r.reason}" for k, r in model.rules.items() if r.threshold is not None]
+        out.notes += reuse_notes(model, hashes)
         return out
 
-    def validate(self, model, data=None)->Scores:
+    def validate(self, model, data=None)->Evaluation:
         "What good images kept aside for validation score: no defects are needed. Validation is not test"
         model, data = _in_order(model, data)
         val = as_data(data, self.seed).split(val=0.1).val
         if not val: raise AnomnbError("too few good images to keep some aside for validation")
         s = np.array([p.score for p in self._stream(model, val, keep_maps=False) if p.error is None])
         notes = [] if model.needs_val else ["this model needs no validation in its fit: these good images were part of it"]
-        return Scores(dict(val_images=len(s), val_score_mean=float(s.mean()), val_score_max=float(s.max())), notes, "good images kept for validation")
+        return Evaluation(dict(val_images=len(s), val_score_mean=float(s.mean()), val_score_max=float(s.max())), notes, "good images kept for validation")
 
     def export(self, model, kind:str="torch", # "torch" (the bundle), "onnx" or "openvino"
                path:str|Path|None=None, # where; the model's name by default

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Interval', 'normal_quantile', 'contributions', 'delong_variance', 'auroc_interval', 'draw_weights', 'WeightedRanks',
-           'percentile_interval', 'bootstrap', 'bootstrap_images']
+           'percentile_interval', 'bootstrap', 'bootstrap_images', 'proportion_interval', 'image_metrics']
 
 # %% ../../nbs/metrics/02_intervals.ipynb #024c0c13
 from dataclasses import dataclass
@@ -78,7 +78,8 @@ def auroc_interval(scores, labels,
     if value in (0, 1) or min(m, n) < few:
         low, high = (_newcombe_end(value, m, n, z, side) for side in (-1, 1))
         return Interval(value, low, high, "Newcombe's score interval", level)
-    middle, wide = log(value/(1 - value)), z*delong_variance(s, y)**0.5/(value*(1 - value))
+    if not (spread := delong_variance(s, y)**0.5): return Interval(value, None, None, "all images contribute the same", level)
+    middle, wide = log(value/(1 - value)), z*spread/(value*(1 - value))
     return Interval(value, *(1/(1 + exp(-middle - d)) for d in (-wide, wide)), "DeLong, logit", level)
 
 # %% ../../nbs/metrics/02_intervals.ipynb #3fbffad3
@@ -136,3 +137,20 @@ def bootstrap_images(scores, labels, groups=None, draws:int=2000, level:float=0.
     "Intervals of image AP and F1Max by the bootstrap, and of AUROC for comparison with DeLong's. Raises `AnomnbError`"
     what = "images" if groups is None or not any(groups) else "groups"
     return bootstrap(WeightedRanks(scores, labels).metrics, len(np.ravel(scores)), groups, draws, level, seed, what)
+
+# %% ../../nbs/metrics/02_intervals.ipynb #5ed6651e
+def proportion_interval(k:int, n:int, # of n images k
+                  level:float=0.95)->Interval:
+    "A part of images with its exact interval. Raises `AnomnbError` for no image"
+    from scipy.stats import beta
+    if not 0 <= k <= n or not n: raise AnomnbError(f"{k} of {n} images is no part: count at least one image")
+    a = (1 - level)/2
+    return Interval(k/n, float(beta.ppf(a, k, n - k + 1)) if k else 0., float(beta.ppf(1 - a, k + 1, n - k)) if k < n else 1., "exact binomial", level)
+
+# %% ../../nbs/metrics/02_intervals.ipynb #bc579187
+def image_metrics(scores, labels, groups=(), sure:bool=True, # False: values alone
+                 )->dict: # name -> Interval
+    "AUROC, AP and F1Max of images, sure to 95 %: by DeLong for AUROC, unless images belong together. Raises `AnomnbError`"
+    s, y = np.array(scores), np.array(labels)
+    found = bootstrap_images(s, y, groups if any(groups) else None, draws=max(200, min(2000, 2**23//max(len(s), 1))) if sure else 1)
+    return found if any(groups) else {**found, "image_AUROC": auroc_interval(s, y)}

@@ -29,22 +29,26 @@ class OverlapCounts:
     def __add__(self, other): return OverlapCounts(*(a + b for a, b in zip(asdict(self).values(), asdict(other).values())))
 
 # %% ../../nbs/metrics/04_overlap.ipynb #5eff49e6
-def _touched(region, on): # numbers of the 8-connected regions, and of those with a pixel in `on`
+def _touched(region, on): # for each 8-connected region whether it has a pixel in `on`
+    if not region.any(): return []
     labels, n = ndimage.label(region, np.ones((3, 3)))
-    return n, int((np.bincount(labels[on], minlength=n+1)[1:] > 0).sum())
+    return (np.bincount(labels[on], minlength=n+1)[1:] > 0).tolist()
 
 # %% ../../nbs/metrics/04_overlap.ipynb #c6029b94
 def count_overlap(map, # H×W anomaly map
                   mask, # H×W integers: 0 good, -1 ignored, above 0 a defect; None: all good
                   threshold:float, # pixels above it are marked
-                 )->OverlapCounts:
+                  each:bool=False, # give (counts, for each defect whether it is hit)
+                 )->OverlapCounts|tuple:
     "Pixels and regions of one image. Raises `AnomnbError`"
     m = read_map(map)
     truth = read_truth(mask, m.shape)
     if not np.isfinite(threshold): raise AnomnbError(f"a threshold of {threshold} marks nothing or all: give a finite map value")
     marked, defect = (m > threshold) & (truth >= 0), truth > 0
     both = marked & defect
-    return OverlapCounts(int(both.sum()), int(marked.sum()), int(defect.sum()), *_touched(defect, both), *_touched(marked, both))
+    hits, right = _touched(defect, both), _touched(marked, both)
+    counts = OverlapCounts(int(both.sum()), int(marked.sum()), int(defect.sum()), len(hits), sum(hits), len(right), sum(right))
+    return (counts, hits) if each else counts
 
 # %% ../../nbs/metrics/04_overlap.ipynb #4215d842
 OVERLAP_METRICS = ("pixel_IoU", "pixel_Dice", "defect_recall", "defect_precision", "defect_F1")
