@@ -10,7 +10,7 @@ import numpy as np
 
 from ..core.paths import shared_weights
 from ..core.seeds import rng
-from .benchmark import Row, _tile
+from .benchmark import Row, magnetic_tile
 from .engine import Engine
 from ..models.padim import Padim
 from ..models.patchcore import Patchcore
@@ -42,7 +42,7 @@ def unseen_scores(model, folder, fit:int=200)->np.ndarray:
 def run_promise(rounds:int=1, # kept for the command line: there are always 200 halves
                 show=print)->list:
     "Promised and found false-alarm rates on magnetic_tile"
-    rows, folder, weights = [], _tile(), shared_weights()
+    rows, folder, weights = [], magnetic_tile(), shared_weights()
     if folder is None or not weights:
         show("magnetic_tile or the weights of resnet18 are not here (set ANOMNB_DATA, ANOMNB_WEIGHTS): nothing is measured")
         return rows

@@ -21,7 +21,7 @@ from ..core.record import seconds
 from ..data.folder import Folder
 from ..data.loader import make_loader
 from ..data.toy import draw_toy
-from .benchmark import bare_pass, in_turn, predict_row, Row, _resnet18, _tile
+from .benchmark import bare_pass, in_turn, predict_row, Row, local_resnet18, magnetic_tile
 from .engine import Engine
 from .stream import evaluating
 from ..models.bank import coreset, project
@@ -42,12 +42,12 @@ def drawn_items(folder, images:int=IMAGES, side:int=SIDE)->list:
 
 # %% ../../nbs/engine/03_speed.ipynb #90c29df7
 def tile_items(images:int=IMAGES)->tuple: # (training items, test items), empty where the data is not here
-    folder = _tile()
+    folder = magnetic_tile()
     return ([], []) if folder is None else (folder.train_items[:images], folder.test_items)
 
 # %% ../../nbs/engine/03_speed.ipynb #4748437b
 def fitted_models()->list: # (name, model, reach, stretch)
-    r18 = _resnet18()
+    r18 = local_resnet18()
     return [("PatchCore 1 % fit", Patchcore(**r18, coreset_ratio=0.01), 1.5, 1.2),
             ("PatchCore 10 % fit", Patchcore(**r18, coreset_ratio=0.1), 5, 2.5),
             ("PaDiM fit", Padim(**r18), 1.4, 1.2),
@@ -141,7 +141,7 @@ def images_of(model, items)->torch.Tensor:
 # %% ../../nbs/engine/03_speed.ipynb #433d9332
 def bank_rows(items, others, rounds, of, counts, show):
     "Rows of selection, search and prediction on the patches of some images"
-    model = Patchcore(**_resnet18()).build()
+    model = Patchcore(**local_resnet18()).build()
     x = features(model, items)
     rows, picks = coreset_rows(project(x).numpy(), rounds, of, counts)
     images = images_of(model, others)
@@ -155,7 +155,7 @@ def bank_rows(items, others, rounds, of, counts, show):
 
 # %% ../../nbs/engine/03_speed.ipynb #d90556a5
 def padim_rows(items, others, rounds, of)->list:
-    model = Engine(quiet=True, accelerator="cpu").fit(Padim(**_resnet18()), items, calibrate=False)
+    model = Engine(quiet=True, accelerator="cpu").fit(Padim(**local_resnet18()), items, calibrate=False)
     return predict_rows(model, images_of(model, others), "PaDiM", rounds, {16: (1.3, 1.15), 1: (None, None)}, of)
 
 # %% ../../nbs/engine/03_speed.ipynb #b049411b
@@ -164,9 +164,9 @@ import sys
 from pathlib import Path
 from anomnb.core.record import peak_memory
 from anomnb.data.folder import Folder
-from anomnb.engine.speed import Engine, Patchcore, _resnet18
+from anomnb.engine.speed import Engine, Patchcore, local_resnet18
 items = Folder(sys.argv[1]).train_items[:320]*int(sys.argv[2])
-model = Patchcore(**_resnet18(), coreset_ratio=0.01).build()
+model = Patchcore(**local_resnet18(), coreset_ratio=0.01).build()
 rest = int(Path("/proc/self/statm").read_text().split()[1])*4096
 Engine(quiet=True, accelerator="cpu", max_memory="1GB").fit(model, items, calibrate=False)
 print(peak_memory() - rest, model.accumulator.reductions, len(model.net.bank))
