@@ -26,7 +26,8 @@ def test_a_run_leaves_what_it_says(ran):
     done, out = ran
     assert done.returncode == 0, done.stderr
     left = {p.name for p in out.iterdir()}
-    assert {"model.safetensors", "model.onnx", "model.xml", "model.bin", "run.json", "predictions.csv", "images"} <= left
+    assert {"model.safetensors", "model.onnx", "model.xml", "model.bin", "run.json", "predictions.csv", "evaluation.json",
+            "evaluation.html", "images"} <= left
     assert not [n for n in left if n.startswith(".")] and len(list((out / "images").iterdir())) >= 4
     assert str(out) in done.stdout and "PatchCore on tf_efficientnet_lite0" in done.stdout and "image_AUROC" in done.stdout
 

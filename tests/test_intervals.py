@@ -4,7 +4,7 @@ import pytest
 
 from anomnb.core.errors import AnomnbError
 from anomnb.metrics.comparison import auroc_difference, compare, image_differences
-from anomnb.metrics.intervals import WeightedRanks, draw_weights, auroc_interval, bootstrap_images, delong_variance
+from anomnb.metrics.intervals import WeightedRanks, auroc_interval, bootstrap_images, delong_variance, draw_weights
 from anomnb.metrics.operating import average_precision, fpr_at_recall, recall_at_fpr
 from anomnb.metrics.ranking import auroc, f1_max
 

@@ -49,12 +49,14 @@ def _make_model(model, backbone, weights, image_size, seed, words):
 
 # %% ../../nbs/cli/01_train.ipynb #d390ba04
 def _test(engine, model, data, record, out):
-    "Metrics, a CSV of all predictions, pictures of some"
+    "Metrics as text, JSON and a page with curves, a CSV of all predictions, pictures of some"
     from anomnb.visualizers.image import ImageVisualizer
     gallery, rows = Gallery(), Predictions()
     def each(p): gallery(p); rows.append(_slim(p))
     with record.timed("test"): scores = engine.test(model, data, each=each)
     print(scores)
+    scores.to_json(out/"evaluation.json")
+    scores.to_html(out/"evaluation.html")
     rows.to_csv(out/"predictions.csv")
     ImageVisualizer().save(gallery.chosen(), out/"images")
     record.results = dict(scores)

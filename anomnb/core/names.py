@@ -24,8 +24,13 @@ NAMES = {
         "ranking": ["auroc", "f1_max", "roc_curve"],
         "operating": ["average_precision", "pr_curve", "recall_at_fpr", "fpr_at_recall", "passed_good",
                       "caught_bad"],
-        "intervals": ["Interval", "auroc_interval", "bootstrap_images"], "comparison": ["compare"],
-        "pixel": ["PixelScores", "aupro", "pixel_auroc"]}.items() for n in ns},
+        "intervals": ["Interval", "auroc_interval", "bootstrap_images", "proportion_interval"],
+        "comparison": ["compare"],
+        "pixel": ["PixelScores", "pixel_auroc", "pixel_average_precision", "pixel_f1_max", "aupro", "au_spro", "aupimo"],
+        "binned": ["BinnedPixelScores"], "overlap": ["iou", "dice", "defect_f1"], "pixel_intervals": ["bootstrap_pixels"],
+        "classes": ["AUROC", "AveragePrecision", "F1Max", "RecallAtFPR", "FPRAtRecall", "PassedGood", "CaughtBad",
+                    "AUPRO", "AUsPRO", "AUPIMO", "IoU", "Dice", "DefectF1"],
+        "evaluation": ["Evaluation"], "evaluator": ["Evaluator", "evaluate"]}.items() for n in ns},
     "data": {n: f"anomnb.data.{m}:{n}" for m, ns in {
         "read": ["read_image", "read_mask", "Item"], "toy": ["draw_toy"], "folder": ["Folder", "Toy", "Images"],
         "splits": ["split_good"], "loader": ["make_loader"]}.items() for n in ns},
@@ -38,7 +43,8 @@ NAMES = {
         "patchcore": ["Patchcore"], "padim": ["Padim"], "dfm": ["Dfm"], "dfkde": ["Dfkde"],
         "subspace_ad": ["SubspaceAd"], "anomaly_dino": ["AnomalyDino"]}.items() for n in ns},
     "visualizers": {n: f"anomnb.visualizers.{m}:{n}" for m, ns in {
-        "image": ["ImageVisualizer", "show"], "heatmap": ["explore_heatmap", "HeatmapExplorer"]}.items() for n in ns},
+        "image": ["ImageVisualizer", "show"], "heatmap": ["explore_heatmap", "HeatmapExplorer"],
+        "metrics": ["MetricsVisualizer"]}.items() for n in ns},
     "export": {n: f"anomnb.export.{m}:{n}" for m, ns in {
         "bundle": ["save", "load"], "inferencer": ["Inferencer"], "onnx": ["to_onnx"], "openvino": ["to_openvino"],
         "parity": ["verify", "export_model"]}.items() for n in ns},

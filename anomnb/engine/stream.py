@@ -73,7 +73,7 @@ def reuse_notes(model, hashes)->list: # of words
     "What to know where test images were in the fit or set the threshold"
     out, n = [], len(hashes)
     for name, what in (("fitted_images", "were in the fit: what they score says nothing of new images"),
-                       ("calibration_images", "set the threshold: calibration is not test, and the rates at the threshold are those of images it was chosen on")):
+                       ("calibration_images", "set the threshold: calibration is not test, and it was chosen for these very images")):
         used = {o["sha256"] for o in getattr(model, name, [])}
         if k := sum(h in used for h in hashes): out.append(f"{k} of {n} test images {what}")
     return out

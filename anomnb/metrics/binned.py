@@ -10,7 +10,7 @@ import numpy as np
 
 from ..core.errors import AnomnbError
 from .keys import DEFECT, HIGH, distinct
-from .pimo import log_area, why_no_pimo
+from .pimo import log_area
 from .pixel import PixelScores, step_area
 
 # %% ../../nbs/metrics/04_binned.ipynb #be693c6e
@@ -66,7 +66,8 @@ class BinnedPixelScores(PixelScores):
     def __init__(self, bits:int=20, # of a score's 32 that are kept
                  **limits): # as for `PixelScores`
         super().__init__(**limits)
-        if isinstance(bits, bool) or not isinstance(bits, int) or not 9 <= bits <= 32: raise AnomnbError(f"bits={bits!r}: a whole number from 9 (sign and exponent) to 32 (exact)")
+        if isinstance(bits, bool) or not isinstance(bits, int) or not 9 <= bits <= 32:
+            raise AnomnbError(f"bits={bits!r}: a whole number from 9 (sign and exponent) to 32 (exact)")
         self.bits, self.errors, self._bins = bits, {}, (np.zeros(0, np.uint64), np.zeros(0, np.int64))
 
     def _hold(self, keys):
@@ -86,7 +87,8 @@ class BinnedPixelScores(PixelScores):
 
     def merge(self, other:"BinnedPixelScores")->"BinnedPixelScores":
         "Add the images of another accumulator of as many bits, whose keys are counted on the way"
-        if getattr(other, "bits", None) != self.bits: raise AnomnbError(f"bits differ, {self.bits} and {getattr(other, 'bits', 'none')}: merge accumulators of the same bits")
+        theirs = getattr(other, "bits", "none")
+        if theirs != self.bits: raise AnomnbError(f"bits differ, {self.bits} and {theirs}: merge accumulators of the same bits")
         other._collapse()
         shift, bins = (len(self.good), len(self.areas)), other._bins
         super().merge(other)

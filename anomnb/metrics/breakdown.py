@@ -9,7 +9,6 @@ __all__ = ['SIZES', 'by_kind', 'by_size', 'by_category', 'image_curves', 'pixel_
 import numpy as np
 
 from ..core.errors import AnomnbError
-from ..core.seeds import rng
 from .intervals import WeightedRanks, auroc_interval, draw_weights, proportion_interval
 from .pixel_intervals import WeightedPixels, count_pixels, curve_bands
 
@@ -68,7 +67,8 @@ def by_category(images:list, pixels:dict, # category -> PixelScores
     for c in sorted({o["category"] for o in images}):
         these = [o for o in images if o["category"] == c]
         found = pixels[c].compute() if c in pixels else {}
-        out.append(dict(category=c or "not named", good=sum(not o["label"] for o in these), anomalous=sum(bool(o["label"]) for o in these), image_AUROC=_auroc(these), **found))
+        bad = sum(bool(o["label"]) for o in these)
+        out.append(dict(category=c or "not named", good=len(these) - bad, anomalous=bad, image_AUROC=_auroc(these), **found))
     names = [k for k in dict.fromkeys(k for o in out for k in o) if "_" in k]
     out = [{**{k: o.get(k) for k in ("category", "good", "anomalous")}, **{k: o.get(k) for k in names}} for o in out]
     return [*out, dict(category=f"mean over {len(out)} categories", good=None, anomalous=None, **{k: _mean_of(out, k) for k in names})]

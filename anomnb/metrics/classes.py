@@ -22,9 +22,13 @@ from .pixel import PixelScores
 from .ranking import auroc, f1_max
 
 # %% ../../nbs/metrics/06_classes.ipynb #1ebe06b2
+def _tensor(x):
+    if isinstance(x, np.ndarray) and not x.flags.writeable: x = x.copy() # torch warns of the others
+    return torch.as_tensor(x).detach().cpu()
+
 def _maps(preds, target):
     "B×H×W float32 and int32"
-    p, t = torch.as_tensor(preds).detach().cpu(), torch.as_tensor(target).detach().cpu()
+    p, t = _tensor(preds), _tensor(target)
     if p.shape != t.shape: raise AnomnbError(f"maps are {tuple(p.shape)} and masks {tuple(t.shape)}: give masks of the maps' shape")
     if p.ndim == 4 and p.shape[1] == 1: p, t = p[:, 0], t[:, 0]
     if p.ndim == 2: p, t = p[None], t[None]
@@ -45,12 +49,12 @@ class Gathered(Metric):
     def update(self, preds, # N scores, or maps
                target): # N labels, or masks
         "Add a batch. Raises `AnomnbError` for unequal shapes"
-        if torch.as_tensor(preds).ndim <= 1 and not self.pixels_only: return self._add_scores(preds, target)
+        if np.ndim(preds) <= 1 and not self.pixels_only: return self._add_scores(preds, target)
         p, t = _maps(preds, target)
         self._keep(p.reshape(-1), t.reshape(-1), torch.tensor([p.shape[1:]]*len(p)).reshape(-1, 2))
 
     def _add_scores(self, preds, target):
-        p, t = torch.as_tensor(preds).detach().cpu().reshape(-1), torch.as_tensor(target).detach().cpu().reshape(-1)
+        p, t = _tensor(preds).reshape(-1), _tensor(target).reshape(-1)
         if p.shape != t.shape: raise AnomnbError(f"{len(p)} scores and {len(t)} labels: give one label for each score")
         self._keep(p.double(), t.int(), torch.zeros(0, 2, dtype=torch.int64))
 
@@ -254,7 +258,7 @@ class ExtraMetrics:
 # %% ../../nbs/metrics/06_classes.ipynb #6ca04921
 def _instance(o):
     if isinstance(o, type) and issubclass(o, Metric): o = o()
-    if not isinstance(o, Metric): raise AnomnbError(f"{o!r} is no metric: give torchmetrics classes or instances, such as torchmetrics.classification.BinaryAUROC()")
+    if not isinstance(o, Metric): raise AnomnbError(f"{o!r} is no metric: give torchmetrics classes or instances, such as BinaryAUROC()")
     o.reset()
     return o
 

@@ -10,7 +10,7 @@ import base64, html, json
 from dataclasses import asdict
 from pathlib import Path
 
-from ..core.errors import AnomnbError, unknown
+from ..core.errors import unknown
 from ..core.files import write_file
 from ..core.names import late
 from .intervals import Interval
@@ -42,6 +42,9 @@ def table_text(title:str, rows:list)->str:
     return "\n".join([title, *("  " + "  ".join(v.ljust(w) for v, w in zip(o, wide)).rstrip() for o in lines)])
 
 # %% ../../nbs/metrics/07_evaluation.ipynb #b95ff591
+_STYLE = ("body{font:15px sans-serif;margin:24px;max-width:1100px} td,th{padding:2px 10px;text-align:left} "
+          "caption{font-weight:bold;text-align:left;padding:10px}")
+
 class Evaluation(dict):
     "Metrics by name, with intervals, tables, curves and notes"
     def __init__(self, values=(), notes=(), title:str="",
@@ -77,13 +80,14 @@ class Evaluation(dict):
         "A pandas table, a row a metric"
         import pandas as pd
         sure = [self.intervals.get(k, Interval(v, None, None, "")) for k, v in self.items()]
-        return pd.DataFrame(dict(metric=list(self), value=list(self.values()), low=[o.low for o in sure], high=[o.high for o in sure], method=[o.method for o in sure]))
+        return pd.DataFrame(dict(metric=list(self), value=list(self.values()), **{k: [getattr(o, k) for o in sure] for k in ("low", "high", "method")}))
 
     def to_dict(self, images:bool=False, # with a row for each image, which names its source
                )->dict:
         "As JSON knows it"
         tables = {k: [{c: plain(v) for c, v in r.items()} for r in rows] for k, rows in self.tables.items()}
-        out = dict(title=self.title, metrics=dict(self), intervals={k: asdict(v) for k, v in self.intervals.items()}, tables=tables, curves=self.curves, notes=self.notes)
+        sure = {k: asdict(v) for k, v in self.intervals.items()}
+        out = dict(title=self.title, metrics=dict(self), intervals=sure, tables=tables, curves=self.curves, notes=self.notes)
         return {**out, "images": self.images} if images else out
 
     def to_json(self, path:str|Path|None=None, images:bool=False)->str|Path:
@@ -99,6 +103,5 @@ class Evaluation(dict):
         "A page of its own: metrics, tables, curves, notes"
         png = base64.b64encode(late("anomnb.visualizers.metrics:metrics_png")(self)).decode() if self.images else ""
         picture = f'<img alt="curves" style="max-width:100%" src="data:image/png;base64,{png}">' if png else ""
-        style = "body{font:15px sans-serif;margin:24px;max-width:1100px}td,th{padding:2px 10px;text-align:left}caption{font-weight:bold;text-align:left;padding:10px}"
-        name = html.escape(self.title or "evaluation")
-        return write_file(path, f"<!doctype html><html><head><meta charset='utf-8'><title>{name}</title><style>{style}</style></head><body>{self._repr_html_()}{picture}</body></html>\n")
+        head = f"<meta charset='utf-8'><title>{html.escape(self.title or 'evaluation')}</title><style>{_STYLE}</style>"
+        return write_file(path, f"<!doctype html><html><head>{head}</head><body>{self._repr_html_()}{picture}</body></html>\n")

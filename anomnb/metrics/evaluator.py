@@ -45,7 +45,8 @@ def check_truth(p):
     defect = int((np.asarray(p.mask) > 0).sum())
     if not p.label and defect: raise AnomnbError(f"{p.source!r} is labelled good and its mask marks {defect} defect pixels: correct the label or the mask")
     if p.label and not defect and not (np.asarray(p.mask) < 0).any():
-        raise AnomnbError(f"{p.source!r} is labelled anomalous and its mask marks no pixel: draw the mask, remove it (image metrics only), or mark what is doubtful as ignored")
+        raise AnomnbError(f"{p.source!r} is labelled anomalous and its mask marks no pixel: "
+                          "draw the mask, remove it (image metrics only), or mark what is doubtful as ignored")
 
 # %% ../../nbs/metrics/08_evaluator.ipynb #a90ddbf2
 _ROW = ("source", "label", "kind", "category", "group", "score", "is_anomalous", "threshold")
@@ -144,8 +145,9 @@ class Evaluator:
     def _add_tables(self, tables):
         pixels, places = getattr(self, "_pooled", (None, []))
         kinds = by_kind(self.images, pixels, places)
-        if len(kinds) > 1: tables["by kind of defect" + (f", pixels at {self.size_words()}" if pixels else "")] = kinds
-        if len({o["category"] for o in self.images}) > 1: tables["by category" + (f", pixels at {self.size_words()}" if pixels else "")] = by_category(self.images, self.pixels)
+        taken = f", pixels at {self.size_words()}" if pixels else ""
+        if len(kinds) > 1: tables[f"by kind of defect{taken}"] = kinds
+        if len(set(self.column("category"))) > 1: tables[f"by category{taken}"] = by_category(self.images, self.pixels)
 
     def _left_out(self):
         if self.unmasked: yield f"{self.unmasked} defect images have no mask and count in image metrics only"
@@ -167,5 +169,6 @@ def evaluate(predictions, # with labels, and masks where pixels are to be measur
     "Every metric that these predictions allow. Raises `AnomnbError` where no prediction has a label"
     e = Evaluator(pixel_size, metrics, intervals, pixel_bits)
     for p in predictions: e.update(p)
-    if not e.images: raise AnomnbError(f"none of {len(predictions)} predictions has a label and a score: predict on a data module such as Folder(…), which knows which images are good")
+    if not e.images: raise AnomnbError(f"none of {len(predictions)} predictions has a label and a score: "
+                                       "predict on a data module such as Folder(…), which knows which images are good")
     return e.compute(title)

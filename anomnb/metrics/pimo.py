@@ -8,7 +8,6 @@ __all__ = ['log_area', 'good_tail', 'why_no_pimo', 'add_overlap']
 # %% ../../nbs/metrics/02_pimo.ipynb #aea85be2
 import numpy as np
 
-from ..core.errors import AnomnbError
 from .keys import DEFECT, HIGH, PART, distinct
 
 # %% ../../nbs/metrics/02_pimo.ipynb #43c0a71c
@@ -58,8 +57,10 @@ def why_no_pimo(tail, pixels:int, images:int, lower:float)->str|None:
     least = float(tail[2][-1])
     if least <= lower: return None
     need = int(np.ceil(1/lower))
-    if pixels < need: return f"a rate of {lower:g} takes {need:,} pixels of good images, and there are {pixels:,}: add good images, or take pixels at a larger size"
-    return f"the highest score is shared by {least:.2g} of the good images' pixels, more than the lower bound of {lower:g}: the map is too coarse, or cut off at the top"
+    if pixels < need:
+        return f"a rate of {lower:g} takes {need:,} pixels of good images, and there are {pixels:,}: add good images, or take pixels at a larger size"
+    return (f"the highest score is shared by {least:.2g} of the good images' pixels, more than the lower bound of {lower:g}: "
+            "the map is too coarse, or cut off at the top")
 
 # %% ../../nbs/metrics/02_pimo.ipynb #98fbfc4a
 def add_overlap(total, # a sum for each region, added to in place

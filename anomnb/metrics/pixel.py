@@ -49,7 +49,8 @@ class Sums:
 
     def values(self)->dict:
         pairs = self.good*self.bad
-        return {"pixel_AUROC": self.ranks2/(2*pairs), "pixel_AP": self.precision/self.bad, "pixel_F1Max": self.f1, "pixel_AUPRO": float((self.seen/self.areas).mean())}
+        return {"pixel_AUROC": self.ranks2/(2*pairs), "pixel_AP": self.precision/self.bad, "pixel_F1Max": self.f1,
+                "pixel_AUPRO": float((self.seen/self.areas).mean())}
 
     def area_at(self, scores, # ordered scores of defect pixels
                 limit:float)->np.ndarray:
@@ -72,7 +73,8 @@ def _check_limits(limit, spro_limit, pimo):
 class PixelScores:
     """Pixel AUROC, AP, F1Max, AUPRO, AUPIMO and, where regions have a saturation area, AU-sPRO of many maps: exact, from one sort of 8 bytes a pixel.
 
-    After `compute`, `missing` holds a reason for each metric that is not defined, `per_region` AUPRO of each region and `per_image` AUPIMO of each anomalous image."""
+    After `compute`, `missing` holds a reason for each metric that is not defined, `per_region` AUPRO of each region,
+    `per_image` AUPIMO of each anomalous image."""
     def __init__(self, limit:float=0.3, # false-positive rate up to which AUPRO integrates, in (0, 1]
                  spro_limit:float=0.05, # the same of AU-sPRO
                  pimo:tuple=PIMO, # false-positive rates between which AUPIMO integrates

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..core.errors import AnomnbError
-from .intervals import Interval, bootstrap, percentile_interval
+from .intervals import Interval, bootstrap
 from .keys import DEFECT, HIGH, PART
 from .pixel import PixelScores
 
@@ -49,7 +49,7 @@ def count_pixels(pixels:PixelScores, # exact ones, with images
     if pixels._why(): raise AnomnbError(pixels._why())
     keys, images, which = pixels.store.sorted(), len(pixels.good), np.array(pixels.region_image)
     ends = _edges(keys, bins, pixels.limit)
-    rows = [np.zeros((3, images))]*0
+    rows = []
     for a, b in zip(ends[-2::-1], ends[:0:-1]):
         rows.append(sum(np.stack(_row(keys[i:min(i + PART, b)], images, which, np.array(pixels.areas))) for i in range(a, b, PART)))
     good, bad, part = np.stack(rows, -1)

@@ -26,7 +26,8 @@ def saturated_pixels(score, # H×W float32
                      saturation:float|None=None, # pixels; None: all of the region
                     ):
     "(ordered scores, weights) of a region's pixels that count; None where all of them are ignored. Raises `AnomnbError`"
-    if np.shape(region) != score.shape: raise AnomnbError(f"the map is {score.shape} and the mask of a region {np.shape(region)}: resample the map to the mask's size")
+    if np.shape(region) != score.shape:
+        raise AnomnbError(f"the map is {score.shape} and the mask of a region {np.shape(region)}: resample the map to the mask's size")
     if saturation is not None and not saturation > 0: raise AnomnbError(f"a saturation area of {saturation}: a number of pixels above 0")
     o = np.sort(ordered(score[np.asarray(region, bool) & (mask > 0)]))[::-1]
     if not len(o): return None

@@ -8,5 +8,6 @@ if TYPE_CHECKING:
     from anomnb.visualizers.heatmap import explore_heatmap as explore_heatmap
     from anomnb.visualizers.image import ImageVisualizer as ImageVisualizer
     from anomnb.visualizers.image import show as show
+    from anomnb.visualizers.metrics import MetricsVisualizer as MetricsVisualizer
 
 __getattr__, __dir__, __all__ = lazy_names(__name__)

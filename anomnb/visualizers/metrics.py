@@ -23,7 +23,8 @@ def draw_scores(ax, images:list):
     edges = np.histogram_bin_edges(s, min(40, max(8, len(s)//4)))
     for k, (name, paint) in enumerate((("good", GOOD), ("anomalous", BAD))):
         if (y == k).any(): ax.hist(s[y == k], edges, color=paint, alpha=.55, label=f"{name}, {(y == k).sum()}")
-    for i, t in enumerate(sorted({o["threshold"] for o in images if o["threshold"] is not None})): ax.axvline(t, color="k", lw=1.2, label="threshold"*(not i) or None)
+    limits = sorted({o["threshold"] for o in images if o["threshold"] is not None})
+    for i, t in enumerate(limits): ax.axvline(t, color="k", lw=1.2, label="threshold"*(not i) or None)
     ax.set(xlabel="raw score", ylabel="images"); ax.legend(fontsize=7)
 
 # %% ../../nbs/visualizers/05_metrics.ipynb #0657f91a
@@ -36,7 +37,8 @@ def draw_curve(ax, name:str, curve:dict, evaluation):
     ax.fill_between(curve["x"], curve["low"], curve["high"], color=INK, alpha=.2, lw=0); ax.plot(curve["x"], curve["value"], color=INK, lw=1.6)
     ax.set(xlabel=x, ylabel=y, ylim=(0, 1.02), xlim=(0, curve["x"][-1]))
     sure = evaluation.intervals.get(metric)
-    if metric in evaluation: ax.set_title(f"{metric} {evaluation[metric]:.3f}" + (f" ({sure.low:.3f} to {sure.high:.3f})" if sure and sure.low is not None else ""), fontsize=8)
+    spread = f" ({sure.low:.3f} to {sure.high:.3f})" if sure and sure.low is not None else ""
+    if metric in evaluation: ax.set_title(f"{metric} {evaluation[metric]:.3f}{spread}", fontsize=8)
     if name == "image_ROC": _mark_threshold(ax, evaluation)
 
 def _mark_threshold(ax, evaluation):
