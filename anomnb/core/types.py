@@ -52,6 +52,7 @@ class Region:
     area:float # fraction of the image
     box:tuple # top, left, bottom, right as fractions of the image
     score:float # highest value inside
+    p_value:float|None = None # of a good image reaching this anywhere, where its rule keeps a promise
 
 # %% ../../nbs/core/06_types.ipynb #cb8c4a9a
 def resample(map:np.ndarray, # H×W
@@ -75,8 +76,10 @@ class Prediction:
     is_anomalous:bool|None = None # None where no rule has been set
     threshold:float|None = None # the score above which an image is anomalous
     map_threshold:float|None = None # the map value above which a pixel belongs to a region
-    normalised:float|None = None # 0.5 at the threshold; for reading, never for ranking
-    p_value:float|None = None
+    normalised:float|None = None # for reading, never for ranking
+    p_value:float|None = None # of a good image scoring this high, where the rule keeps a promise
+    promised_rate:float|None = None # false-alarm rate that the threshold promises, None for no promise
+    good_images:int = 0 # behind that promise and the p-value
     regions:list = field(default_factory=list)
     label:int|None = None # truth: 0 good, 1 anomalous
     mask:Any = None # truth: int32 at the image's size, or None
@@ -137,6 +140,17 @@ class Predictions(list):
         "The heat-map explorer on these predictions"
         return late("anomnb.visualizers.heatmap:explore_heatmap")(self)
 
+    def discover(self, fdr:float=0.05): # bound on the expected part of good images among the discoveries
+        "Which of these are anomalous, judged together, see `anomnb.processing.discover`"
+        return late("anomnb.processing.discovery:discover")(self, fdr)
+
+    def promise(self)->str:
+        "The false-alarm rate that the decisions keep, in words; empty where nothing is decided"
+        rates = {p.promised_rate for p in self if p.is_anomalous is not None}
+        if not rates: return ""
+        if None in rates: return "no false-alarm rate promised"
+        return f"at most {100*max(rates):.3g} % false alarms promised"
+
     def to_df(self):
         "A pandas table, a row an image"
         import pandas as pd
@@ -151,11 +165,12 @@ class Predictions(list):
         return write_file(path, text.getvalue())
 
     def __repr__(self):
-        n = sum(bool(p.is_anomalous) for p in self)
-        return f"Predictions({len(self)} images, {n} anomalous, {len(self.errors)} unreadable)"
+        n, promise = sum(bool(p.is_anomalous) for p in self), self.promise()
+        return f"Predictions({len(self)} images, {n} anomalous, {len(self.errors)} unreadable{', ' + promise if promise else ''})"
 
     def _repr_html_(self):
         cols = ["source", "kind", "score", "threshold", "is_anomalous", "error"]
         rows = "".join("<tr>" + "".join(f"<td>{_cell(_row(p)[c])}</td>" for c in cols) + "</tr>" for p in self.ranked()[:20])
-        more = f"<p>the 20 worst of {len(self)}</p>" if len(self) > 20 else ""
+        more = "; ".join([*([f"the 20 worst of {len(self)}"] if len(self) > 20 else []), *filter(None, [self.promise()])])
+        more = more and f"<p>{more}</p>"
         return f"<table><tr>{''.join(f'<th>{c}</th>' for c in cols)}</tr>{rows}</table>{more}"

@@ -77,7 +77,7 @@ def make_header(model:AnomalyModule, # fitted
         raise AnomnbError(f"{type(model).__name__} is not fitted, there is nothing to save: call engine.fit(model, data) first")
     metrics = {k: None if isinstance(v, float) and not math.isfinite(v) else plain(v, k) for k, v in model.metrics.items()}
     header = dict(format=FORMAT, name=_registry_name(model), arguments={k: plain(v, k) for k, v in model.args.items()}, metrics=metrics,
-                  rules={k: r.to_dict() for k, r in model.rules.items()}, fitted_images=plain(model.fitted_images, "fitted_images"))
+                  rules={k: r.to_dict() for k, r in model.rules.items()}, **{k: plain(getattr(model, k), k) for k in ("fitted_images", "calibration_images")})
     model.model_hash = digest(net_tensors(model), header_text(header))
     return {**header, "hash": model.model_hash}
 
@@ -211,7 +211,7 @@ def load(path:str|Path, # a bundle
     header, tensors, more = _read(path)
     model = _rebuild(header, backbone, path)
     _fill(model, tensors, path)
-    model.rules = rules_of(header)
+    model.rules, model.calibration_images = rules_of(header), header.get("calibration_images", [])
     model.metrics, model.fitted_images, model.model_hash, model.fitted = header["metrics"], header["fitted_images"], header["hash"], True
     if more: model.accumulator = model.new_accumulator(0, None).set_state(more)
     return model.eval()

@@ -15,7 +15,6 @@ from ..core.errors import AnomnbError, unknown
 from ..core.names import late
 from ..core.types import Raw
 from ..processing.decision import rule_for
-from ..processing.thresholds import explain_rule
 from ..processing.pre import Pre
 
 # %% ../../nbs/models/00_base.ipynb #0e6190ea
@@ -52,7 +51,8 @@ class AnomalyModule(LightningModule):
 
     def __init__(self):
         super().__init__()
-        self.rules, self.metrics, self.fitted_images = {}, {}, []
+        self.rules, self.metrics = {}, {}
+        self.fitted_images, self.calibration_images = [], [] # of each its SHA-256 and its group
         self.fitted, self.built, self.model_hash = False, False, ""
 
     def build(self, load_weights:bool=True):
@@ -91,11 +91,22 @@ class AnomalyModule(LightningModule):
         def word(v): return repr(v) if isinstance(v, (int, float, str, tuple, list, type(None))) else f"{type(v).__name__}(…)"
         return f"{type(self).__name__}({', '.join(f'{k}={word(v)}' for k, v in self.args.items())}){'' if self.fitted else ', not fitted'}"
 
+    def set_threshold(self, threshold:float, # raw score
+                      reason:str="set by hand", # it is shown beside every decision
+                      category:str="", map_threshold:float|None=None):
+        "Move a threshold by hand; what it promised is taken back. Raises `AnomnbError` if it is not finite"
+        self.rules, self.model_hash = {**self.rules, category: rule_for(self.rules, category).at(threshold, reason, map_threshold)}, ""
+        return self
+
+    def explain_threshold(self, predictions=(), category:str=""):
+        "The threshold in words and as a picture, with the recall of each kind where labelled predictions are given"
+        return late("anomnb.visualizers.explain:explain_threshold")(rule_for(self.rules, category), predictions)
+
     def _engine(self): return late("anomnb.engine.engine:Engine")()
     def fit(self, data, **kw): "`engine.fit`"; return self._engine().fit(self, data, **kw)
     def partial_fit(self, data, **kw): "`engine.partial_fit`"; return self._engine().partial_fit(self, data, **kw)
     def calibrate(self, good, **kw): "`engine.calibrate`"; return self._engine().calibrate(self, good, **kw)
-    def explain_threshold(self, category=""): "The threshold in words"; return explain_rule(rule_for(self.rules, category))
+    def mark_false_alarm(self, predictions, **kw): "`engine.mark_false_alarm`"; return self._engine().mark_false_alarm(self, predictions, **kw)
     def forget(self, data, **kw): "`engine.forget`"; return self._engine().forget(self, data, **kw)
     def estimate(self, data, **kw): "`engine.estimate`"; return self._engine().estimate(self, data, **kw)
     def validate(self, data, **kw): "`engine.validate`"; return self._engine().validate(self, data, **kw)

@@ -40,5 +40,5 @@ def make_prediction(item, # what was scored: source, label, kind, category, grou
     map = None if map is None else np.asarray(map, dtype=np.float32)
     d = decide(score, map, rule_for(rules, item.category))
     return Prediction(**_known(item, index), size=tuple(int(n) for n in size), score=score, raw_map=map, is_anomalous=d.is_anomalous,
-                      threshold=d.threshold, map_threshold=d.map_threshold, normalised=d.normalised, p_value=d.p_value,
+                      threshold=d.threshold, map_threshold=d.map_threshold, normalised=d.normalised, p_value=d.p_value, promised_rate=d.rate, good_images=d.n,
                       regions=list(d.regions), mask=mask, model_hash=model_hash, loader=item.picture)
