@@ -66,6 +66,19 @@ class AnomalyModule(LightningModule):
         "Set `self.pre` and `self.net`: each detector's own"
         raise NotImplementedError
 
+    def on_backbone(self, backbone, image_size):
+        "Stand on a backbone that is not built yet: its `pre`, and the grid of its finest layer"
+        self.parts = (backbone,)  # a tuple: the net owns its tensors
+        self.pre = Pre(image_size, backbone.mean, backbone.std)
+
+    @property
+    def backbone(self): return self.parts[0]
+
+    def grid(self)->tuple:
+        "(h, w) of the places that are described"
+        stride = min(self.backbone.strides)
+        return tuple(-(-s//stride) for s in self.pre.size)
+
     def prepare(self, data): "Before a fit: what a detector must learn from the data first"
     def settle(self, val): "After a fit: what a detector sets on good images of its own"
 
@@ -153,19 +166,6 @@ class FitOnce(AnomalyModule):
         "Bytes, about, that a batch takes on its way to features: twice the images, three of the first maps (64 at half size), four of the features"
         (h, w), (gh, gw) = self.pre.size, self.grid()
         return batch*(h*w*4*(2*3 + 3*16) + 4*4*gh*gw*sum(self.backbone.channels))
-
-    def on_backbone(self, backbone, image_size):
-        "Stand on a backbone that is not built yet: its `pre`, and the grid of its finest layer"
-        self.parts = (backbone,)  # a tuple: the net owns its tensors
-        self.pre = Pre(image_size, backbone.mean, backbone.std)
-
-    @property
-    def backbone(self): return self.parts[0]
-
-    def grid(self)->tuple:
-        "(h, w) of the places that are described"
-        stride = min(self.backbone.strides)
-        return tuple(-(-s//stride) for s in self.pre.size)
 
     def features(self, images)->torch.Tensor:
         "What the accumulator takes: the embedding B×D×h×w of the good images, or B×D"
