@@ -93,7 +93,7 @@ def local_resnet18():
 def bare_pass(model, items, engine):
     "Reading, `pre` and backbone alone"
     with evaluating(model, "cpu"):
-        for batch in make_loader(items, batch_size=engine.batch_size, num_workers=engine.num_workers, resize=model.pre.resize):
+        for batch in make_loader(items, batch_size=engine.images_at_once, num_workers=engine.num_workers, resize=model.pre.resize):
             model.net.backbone(model.pre(batch.images))
 
 # %% ../../nbs/engine/02_benchmark.ipynb #8abfd0a1
@@ -111,7 +111,7 @@ def predict_row(train:list, items:list, rounds:int=3,
     "predict on files over reading alone plus forward alone"
     engine, model = Engine(quiet=True, accelerator="cpu"), Patchcore(**local_resnet18(), coreset_ratio=0.01)
     engine.fit(model, train, calibrate=False)
-    loader = lambda: make_loader(items, batch_size=engine.batch_size, num_workers=engine.num_workers, resize=model.pre.resize)
+    loader = lambda: make_loader(items, batch_size=engine.images_at_once, num_workers=engine.num_workers, resize=model.pre.resize)
     batches = [o.images for o in loader()]
     def forward():
         with evaluating(model, "cpu"):

@@ -29,6 +29,7 @@ from .stream import reuse_notes, stream_predictions
 from ..metrics.evaluation import Evaluation
 from ..metrics.evaluator import Evaluator
 from .trainer import FitBar, quiet_lightning
+from .training import CACHES, Training, standing
 from .undo import check_forgets, check_goes_on, stopped_wrongly, take_out, unchanged_on_error
 from ..export.parity import export_model
 from ..models.base import AnomalyModule
@@ -49,19 +50,31 @@ class Engine:
                  seed:int=0, # of training, and of the split where the data brings none of its own
                  accelerator:str="auto", # "auto", "cpu", "gpu", …
                  max_memory:int|str|None=None, # bytes or "2GB": what a fit may hold beside the backbone
-                 batch_size:int=16,
+                 batch_size:int|None=None, # None: 16, and in training what the model's paper has
                  num_workers:int|None=None, # processes that read; None chooses
                  quiet:bool=False, # no words, no progress
-                 **trainer, # further arguments of Lightning's Trainer
+                 cache_features:str|None="memory", # where training keeps frozen features: "memory" (within `max_memory`, else 2 GB), "disk" or None
+                 checkpoints:str|Path|None=None, # a folder for last.ckpt and best.ckpt of a training; None writes nothing
+                 keep:str|None=None, # weights that a training ends with, "last" or "best" by validation loss; None: as the model's paper
+                 **trainer, # further arguments of Lightning's Trainer, and max_batches=, training steps
                 ):
-        known = [k for k in inspect.signature(Trainer.__init__).parameters if k != "self"]
+        known = [k for k in inspect.signature(Trainer.__init__).parameters if k != "self"] + ["max_batches"]
+        own = [k for k in inspect.signature(Engine.__init__).parameters if k not in ("self", "trainer")]
         for k in trainer:
-            if k not in known: raise unknown("argument of Engine", k, [*known, "seed", "max_memory", "batch_size", "num_workers", "quiet"])
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            if k not in known: raise unknown("argument of Engine", k, [*known, *own])
+        if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
             raise AnomnbError(f"batch_size={batch_size!r}: a whole number of at least 1")
+        if cache_features not in CACHES: raise unknown("cache_features", cache_features, CACHES)
+        if keep not in (None, "last", "best"): raise unknown("keep", keep, ("last", "best"))
         self.seed, self.accelerator, self.max_memory, self.trainer_args = seed, accelerator, parse_bytes(max_memory), trainer
         self.batch_size, self.num_workers, self.quiet = batch_size, num_workers, quiet
+        self.cache_features, self.checkpoints, self.keep = cache_features, checkpoints, keep
         self.trainer, self.fit_items = None, []
+
+    @property
+    def images_at_once(self)->int:
+        "Images of a batch where nothing is trained"
+        return self.batch_size or 16
 
     @property
     def device(self)->torch.device:
@@ -76,16 +89,23 @@ class Engine:
             calibrate:bool=True, # keep good images aside for the threshold; False fits on all of them
             on_error:str="raise", # or "skip": leave broken images out
             refit:str|None=None, # "all": then learn what was kept aside too; the promise of the threshold holds about
+            resume:str|Path|None=None, # a training's last.ckpt, to go on from
            )->AnomalyModule:
         "Learn what good looks like, then set the threshold on good images that were kept aside"
         model, data = _in_order(model, data)
         if refit not in (None, "all"): raise AnomnbError(f"refit={refit!r}: give \"all\", to learn what was kept aside too, or None")
         seed_everything(self.seed)
-        split = as_data(data, self.seed).split(val=None if model.needs_val else 0.0, cal=None if calibrate else 0.0)
+        split = self._split(model, data, None if calibrate else 0.0)
         model.build(load_weights=True)
         with unchanged_on_error(model):
-            self._learn(model, split, on_error)
+            self._learn(model, split, on_error, resume=resume)
             return self._refit(model, split, on_error) if refit and split.val + split.cal else model
+
+    def _split(self, model, data, cal):
+        "Good images by duty: a tenth for validation where the model asks for it and the data says nothing else"
+        data = as_data(data, self.seed)
+        wanted = 0.1 if getattr(data, "val", None) is None else None
+        return data.split(val=wanted if model.needs_val else 0.0, cal=cal)
 
     def _refit(self, model, split, on_error):
         "Learn all good images under the threshold that is there"
@@ -118,40 +138,59 @@ class Engine:
             model.rules = {k: r.stale("chosen before false alarms were learned") for k, r in rules.items()}
         return model
 
-    def _learn(self, model, split, on_error, gathered=None):
-        going_on = gathered is not None
-        before = model.fitted_images if going_on else []
-        model.quiet, items, gathers = self.quiet, split.fit, hasattr(model, "new_accumulator")
-        check_memory(model, len(items), self.batch_size, self.max_memory)
-        with quiet_lightning(): self.trainer = make_trainer(gathers, **self._given(model))
-        rank, world = self.trainer.global_rank, self.trainer.world_size
-        if not self.quiet: self.say(self._time(model, items, world))
-        empty = lambda: model.new_accumulator(len(before) + len(items), self._room(model))
-        if gathers: model.accumulator = empty().merge(gathered) if going_on and not rank else empty()
-        mine, turns = take_share(items, rank, world), -(-len(take_share(items, 0, world))//self.batch_size)
-        loader = make_loader(mine, self.batch_size, self.num_workers, on_error="keep", resize=model.pre.resize, hashes=True)
-        batches = FitBatches(loader, mine, on_error, turns, world > 1, len(items))
-        self._train(model, batches, [Together(batches, empty, going_on)] if world > 1 else [])
-        for message in batches.skipped: self.say(f"left out: {message}")
-        self.fit_items, model.fitted_images, model.metrics, model.model_hash = items, before + batches.fitted, {}, ""
-        if split.val: model.settle(split.val)
+    def _learn(self, model, split, on_error, gathered=None, resume=None):
+        if hasattr(model, "new_accumulator"): self._gather(model, split, on_error, gathered)
+        else: self._steps(model, split, on_error, resume)
         self._set_rule(model, split.cal)
         return model
 
+    def _steps(self, model, split, on_error, resume):
+        "Train step by step"
+        if not split.fit: raise AnomnbError("there are no good images to learn from")
+        model.to(self.device)
+        with quiet_lightning():
+            training = Training(self, model, split, on_error, resume)
+            training.prepare()
+            self.trainer = make_trainer(False, **training.given(self._given(model)))
+            self._train(model, training.run, training.callbacks())
+        for message in training.batches.skipped.values(): self.say(f"left out: {message}")
+        self.fit_items, model.fitted_images, model.metrics, model.model_hash = split.fit, training.batches.fitted(), {}, ""
+        with standing(model, self.device): model.settle(training.aside())
+
+    def _gather(self, model, split, on_error, gathered):
+        "Gather in one pass"
+        going_on = gathered is not None
+        before = model.fitted_images if going_on else []
+        model.quiet, items = self.quiet, split.fit
+        check_memory(model, len(items), self.images_at_once, self.max_memory)
+        with quiet_lightning(): self.trainer = make_trainer(True, **self._given(model))
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        if not self.quiet: self.say(self._time(model, items, world))
+        empty = lambda: model.new_accumulator(len(before) + len(items), self._room(model))
+        model.accumulator = empty().merge(gathered) if going_on and not rank else empty()
+        mine, turns = take_share(items, rank, world), -(-len(take_share(items, 0, world))//self.images_at_once)
+        loader = make_loader(mine, self.images_at_once, self.num_workers, on_error="keep", resize=model.pre.resize, hashes=True)
+        batches = FitBatches(loader, mine, on_error, turns, world > 1, len(items))
+        together = [Together(batches, empty, going_on)] if world > 1 else []
+        self._train(model, lambda t: t.fit(model, train_dataloaders=batches), [*together, FitBar(len(batches), self.quiet or rank_zero_only.rank)])
+        for message in batches.skipped: self.say(f"left out: {message}")
+        self.fit_items, model.fitted_images, model.metrics, model.model_hash = items, before + batches.fitted, {}, ""
+
     def _room(self, model):
         "Bytes that an accumulator may hold: what a batch takes on its way to features comes off"
-        return None if self.max_memory is None else max(0, self.max_memory - model.batch_bytes(self.batch_size))
+        return None if self.max_memory is None else max(0, self.max_memory - model.batch_bytes(self.images_at_once))
 
     def _given(self, model):
         "The Trainer's arguments: the user's, else the model's, else ours"
         ours = dict(logger=False, enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False, accelerator=self.accelerator,
                     devices=1, inference_mode=False, use_distributed_sampler=False)
-        return {**ours, **model.trainer_defaults, **self.trainer_args}
+        given = {**ours, **model.trainer_defaults, **self.trainer_args}
+        return {k: v for k, v in given.items() if k != "max_batches" or not hasattr(model, "new_accumulator")}
 
-    def _train(self, model, batches, callbacks):
-        self.trainer.callbacks[:0] = [*callbacks, FitBar(len(batches), self.quiet or rank_zero_only.rank)]
+    def _train(self, model, run, callbacks):
+        self.trainer.callbacks[:0] = callbacks
         model.fitted = False
-        with quiet_lightning(): self.trainer.fit(model, train_dataloaders=batches)
+        with quiet_lightning(): run(self.trainer)
         if not model.fitted:
             raise AnomnbError("the fit ended before anything was learnt: see the messages above, and the Trainer's arguments that stop it early")
 
@@ -165,7 +204,7 @@ class Engine:
         unread = DecisionRule(reason="none of the good images kept aside could be read: nothing is decided")
         model.rules[""] = choose_rule(found, strict=False) if found.scores else unread
 
-    def _score(self, model, items): return score_images(model, items, self.device, self.batch_size, self.num_workers, quiet=True)
+    def _score(self, model, items): return score_images(model, items, self.device, self.images_at_once, self.num_workers, quiet=True)
 
     def calibrate(self, model, data=None, # images that the fit has not seen; for a promise, good ones
                   false_alarm_rate:float=0.01, # of good images to come, to be promised
@@ -200,7 +239,7 @@ class Engine:
         check_forgets(model)
         items = as_data(data, self.seed).train_items
         aside = None if calibrate is None else as_data(calibrate, self.seed).train_items
-        loader = make_loader(items, self.batch_size, self.num_workers, resize=model.pre.resize, hashes=True)
+        loader = make_loader(items, self.images_at_once, self.num_workers, resize=model.pre.resize, hashes=True)
         with unchanged_on_error(model.to(self.device)):
             model.accumulator, model.fitted_images = take_out(model, loader, len(items), self.device)
             model.finish()
@@ -213,18 +252,18 @@ class Engine:
     def estimate(self, model, data=None)->Estimate:
         "What a fit will take, from a timed first batch"
         model, data = _in_order(model, data)
-        items = as_data(data, self.seed).split(val=None if model.needs_val else 0.0).fit
+        items = self._split(model, data, None).fit
         model.build(load_weights=True)
         return self._time(model, items)
 
-    def _time(self, model, items, processes=1): return time_fit(model, items, self.device, self.batch_size, self.max_memory, processes)
+    def _time(self, model, items, processes=1): return time_fit(model, items, self.device, self.images_at_once, self.max_memory, processes)
 
     def _check_fitted(self, model):
         if not model.fitted: raise AnomnbError(f"{type(model).__name__} is not fitted: call engine.fit(model, data) first, or load a saved model")
 
     def _stream(self, model, items, **kw):
         self._check_fitted(model)
-        return stream_predictions(model, items, self.device, self.batch_size, self.num_workers, quiet=self.quiet, **kw)
+        return stream_predictions(model, items, self.device, self.images_at_once, self.num_workers, quiet=self.quiet, **kw)
 
     def predict(self, model, source=None,
                 stream:bool=False, # yield one by one in constant memory

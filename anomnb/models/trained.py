@@ -36,6 +36,7 @@ class Trained(AnomalyModule):
     def __init__(self):
         super().__init__()
         self.total_batches, self.history = 0, [] # steps of the fit, set before it begins; of each epoch its losses
+        self.sums = {} # of this epoch's losses: name -> (sum over images, images)
 
     def frozen(self)->list:
         "Modules that do not learn: always in evaluation mode, without gradients"
@@ -74,6 +75,26 @@ class Trained(AnomalyModule):
 
     def note(self, name:str, value:torch.Tensor, batch):
         "Show a figure, as the mean over an epoch's images"
+        total, n = self.sums.get(name, (0., 0))
+        self.sums[name] = total + value.detach()*len(batch), n + len(batch)
         self.log(name, value.detach(), on_step=False, on_epoch=True, batch_size=len(batch))
+
+    def epoch_losses(self)->dict: # name -> mean over the images
+        "What was noted in this epoch, which then begins anew"
+        out, self.sums = {k: float(v/n) for k, (v, n) in self.sums.items()}, {}
+        return out
+
+    def transfer_batch_to_device(self, batch, device, dataloader_idx):
+        "Images, or what was kept of them, travel to the device"
+        if "features" not in batch.extras: return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        x = batch.extras["features"]
+        batch.extras["features"] = x.to(device) if torch.is_tensor(x) else [o.to(device) for o in x]
+        return batch
+
+    def on_load_checkpoint(self, checkpoint):
+        "Tensors whose shape comes from the fit take the shape they come in"
+        for name in self.grown:
+            owner, _, attr = name.rpartition(".")
+            if name in checkpoint["state_dict"]: setattr(self.get_submodule(owner), attr, torch.empty_like(checkpoint["state_dict"][name], device=self.device))
 
     def on_train_end(self): self.fitted = True
