@@ -117,13 +117,18 @@ def find_regions(map:np.ndarray, # H×W
     above = np.asarray(map) > threshold
     if not above.any(): return ()
     labels, n = ndimage.label(above, np.ones((3, 3)))
-    h, w = above.shape
-    areas = np.bincount(labels.ravel(), minlength=n+1)[1:]/(h*w)
-    tops = ndimage.maximum(map, labels, np.arange(1, n+1))
-    boxes = [(s[0].start/h, s[1].start/w, s[0].stop/h, s[1].stop/w) for s in ndimage.find_objects(labels)]
+    areas, boxes, tops = _measure(np.asarray(map), labels, n)
     p = p_values(tops, peaks) if len(peaks) else [None]*n
-    found = [Region(float(a), b, float(t), None if q is None else float(q)) for a, b, t, q in zip(areas, boxes, tops, p) if a >= least_area]
+    found = [Region(float(a), tuple(b), float(t), None if q is None else float(q)) for a, b, t, q in zip(areas, boxes.tolist(), tops, p) if a >= least_area]
     return tuple(sorted(found, key=lambda r: -r.score))
+
+def _measure(map, labels, n): # the few pixels inside regions, region by region
+    (h, w), at = map.shape, np.flatnonzero(labels)
+    at = at[np.argsort(labels.ravel()[at], kind="stable")]
+    first, (y, x) = np.searchsorted(labels.ravel()[at], np.arange(1, n + 1)), divmod(at, w)
+    low, high = np.minimum.reduceat, np.maximum.reduceat
+    boxes = np.stack([low(y, first)/h, low(x, first)/w, (high(y, first) + 1)/h, (high(x, first) + 1)/w], 1)
+    return np.diff(np.r_[first, len(at)])/(h*w), boxes, high(map.ravel()[at], first)
 
 # %% ../../nbs/processing/00_decision.ipynb #ac46f9af
 def decide(score:float, # raw

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALL_KINDS', 'ALL', 'CMAPS', 'State', 'HeatmapPictures', 'state_words', 'example_states', 'filmstrip',
-           'list_decisions', 'choose', 'title_html', 'facts_html', 'HeatmapExplorer', 'explore_heatmap',
-           'measure_moves']
+           'list_decisions', 'choose', 'title_html', 'facts_html', 'slider', 'picker', 'heading', 'HeatmapExplorer',
+           'explore_heatmap', 'measure_moves']
 
 # %% ../../nbs/visualizers/02_heatmap.ipynb #8f91e94e
 import base64, html, math, time
@@ -151,14 +151,14 @@ _NONE = [("none", -1)] # a slider needs a stop
 _WIDE, _LABEL = widgets.Layout(width="340px"), {"description_width": "78px"}
 
 # %% ../../nbs/visualizers/02_heatmap.ipynb #22acecab
-def _slider(low, high, value, name, form, **kw):
+def slider(low, high, value, name, form, **kw):
     span = (high - low) or 1.0
     return widgets.FloatSlider(value, min=low, max=low + span, step=span/100, description=name, readout_format=form,
                                layout=_WIDE, style=_LABEL, **kw)
 
-def _pick(kind, options, name, **kw): return kind(options=options, description=name, layout=_WIDE, style=_LABEL, **kw)
+def picker(kind, options, name, **kw): return kind(options=options, description=name, layout=_WIDE, style=_LABEL, **kw)
 
-def _heading(text):
+def heading(text):
     return widgets.HTML(f'<div style="font-weight:bold;margin-top:6px;border-bottom:1px solid #ccc">{text}</div>', layout=_WIDE)
 
 # %% ../../nbs/visualizers/02_heatmap.ipynb #eabdf12f
@@ -188,14 +188,14 @@ class HeatmapExplorer:
         kinds = sorted({p.kind for p in self.predictions if p.kind})
         mapless = all(p.raw_map is None for p in self.predictions)
         low, high, limit = _map_range(self.predictions)
-        self.picker = _pick(widgets.SelectionSlider, _NONE, "image")
-        self.kind = _pick(widgets.Dropdown, [ALL_KINDS, *kinds], "kind")
-        self.decision = _pick(widgets.Dropdown, list_decisions(self.predictions), "decision")
-        self.opacity = _slider(0.0, 1.0, State.opacity, "opacity", ".2f", disabled=mapless)
-        self.cmap = _pick(widgets.Dropdown, CMAPS, "colours", disabled=mapless)
-        self.scale = _pick(widgets.ToggleButtons, [("shared scale", "shared"), ("own scale", "own")], "", disabled=mapless)
+        self.picker = picker(widgets.SelectionSlider, _NONE, "image")
+        self.kind = picker(widgets.Dropdown, [ALL_KINDS, *kinds], "kind")
+        self.decision = picker(widgets.Dropdown, list_decisions(self.predictions), "decision")
+        self.opacity = slider(0.0, 1.0, State.opacity, "opacity", ".2f", disabled=mapless)
+        self.cmap = picker(widgets.Dropdown, CMAPS, "colours", disabled=mapless)
+        self.scale = picker(widgets.ToggleButtons, [("shared scale", "shared"), ("own scale", "own")], "", disabled=mapless)
         self.scale.style.button_width = "160px"
-        self.threshold = _slider(low, high, limit, "threshold", ".3g", disabled=mapless)
+        self.threshold = slider(low, high, limit, "threshold", ".3g", disabled=mapless)
         maskless = all(p.mask is None for p in self.predictions)
         self.truth = widgets.Checkbox(not maskless, description="outline the truth", indent=False, layout=_WIDE, disabled=maskless)
         self.title, self.facts, self.picture = widgets.HTML(), widgets.HTML(), widgets.Image(format="png")
@@ -209,7 +209,7 @@ class HeatmapExplorer:
         note = widgets.HTML(lost if self.left_out else "")
         parts = {"Image": [self.picker, self.kind, self.decision, note], "Heat map": [self.opacity, self.cmap, self.scale],
                  "Outlines": [self.threshold, self.truth, legend, self.facts]}
-        controls = widgets.VBox([w for text, ws in parts.items() for w in (_heading(text), *ws)], layout=widgets.Layout(width="360px"))
+        controls = widgets.VBox([w for text, ws in parts.items() for w in (heading(text), *ws)], layout=widgets.Layout(width="360px"))
         self.picture.layout = widgets.Layout(max_width="100%", object_fit="contain", margin="0 18px 0 0", align_self="flex-start")
         row = widgets.HBox([self.picture, controls], layout=widgets.Layout(flex_flow="row wrap", align_items="flex-start"))
         self.box = widgets.VBox([self.title, row])
