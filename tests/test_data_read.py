@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from anomnb.core.errors import AnomnbError, AnomnbFileError
-from anomnb.data import read
+from anomnb.data import masks, read
 
 
 def picture(h=37, w=53, channels=3, seed=0):
@@ -155,7 +155,7 @@ def test_huge_header_is_refused_before_decoding(tmp_path, header_only):
     (tmp_path / "huge.png").write_bytes(data[:33] if header_only else data)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for call in (read.read_image, read.image_size, read.read_mask):
+        for call in (read.read_image, read.image_size, masks.read_mask):
             with pytest.raises(AnomnbError, match=r"huge.png.*30000×30000 pixels"):
                 call(tmp_path / "huge.png")
 
@@ -283,7 +283,7 @@ def flood(marked):
 def test_regions_against_flooding(tmp_path, seed):
     marked = np.random.default_rng(seed).random((20, 30)) < 0.35
     Image.fromarray(marked.astype(np.uint8) * (255 if seed % 2 else 1)).save(tmp_path / "m.png")
-    got, want = read.read_mask(tmp_path / "m.png", (20, 30)), flood(marked)
+    got, want = masks.read_mask(tmp_path / "m.png", (20, 30)), flood(marked)
     assert got.dtype == np.int32
     np.testing.assert_array_equal(got > 0, marked)
     pairs = {(a, b) for a, b in zip(got[marked].tolist(), want[marked].tolist())}
@@ -294,14 +294,14 @@ def test_masks(tmp_path):
     spot = np.zeros((40, 40), np.uint8)
     spot[10:20, 10:20] = 255
     Image.fromarray(spot).save(tmp_path / "m.jpg", quality=60)
-    np.testing.assert_array_equal(read.read_mask(tmp_path / "m.jpg"), spot > 0)
+    np.testing.assert_array_equal(masks.read_mask(tmp_path / "m.jpg"), spot > 0)
     Image.fromarray(spot // 255).save(tmp_path / "faint.jpg", quality=100)
     with pytest.raises(AnomnbError, match="faint.jpg.*save it as PNG"):
-        read.read_mask(tmp_path / "faint.jpg")
+        masks.read_mask(tmp_path / "faint.jpg")
     Image.fromarray(spot.astype(np.uint16) * 100).save(tmp_path / "deep.png")
-    np.testing.assert_array_equal(read.read_mask(tmp_path / "deep.png"), spot > 0)
+    np.testing.assert_array_equal(masks.read_mask(tmp_path / "deep.png"), spot > 0)
     with pytest.raises(AnomnbError, match=r"m.jpg.* is 40×40 .*'part.png' is 40×41"):
-        read.read_mask(tmp_path / "m.jpg", (40, 41), "part.png")
+        masks.read_mask(tmp_path / "m.jpg", (40, 41), "part.png")
     with pytest.raises(AnomnbError, match="is a good image, but its mask"):
         read.Item("ok.png", image=spot, label=0, mask_path=tmp_path / "m.jpg").mask((40, 40))
 

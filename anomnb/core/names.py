@@ -17,7 +17,7 @@ from .errors import AnomnbError, unknown
 # %% ../../nbs/core/01_names.ipynb #028761d2
 NAMES = {
     "core": {n: f"anomnb.core.{m}:{n}" for m, ns in {
-        "errors": ["AnomnbError", "AnomnbFileError"], "types": ["Batch", "Raw", "Prediction", "Predictions", "Region"],
+        "errors": ["AnomnbError", "AnomnbFileError"], "types": ["Batch", "Raw", "Prediction", "Predictions", "Region", "Defect"],
         "names": ["late", "list_models", "create_model", "register_model"], "seeds": ["seed_everything", "rng"],
         "record": ["RunRecord"]}.items() for n in ns},
     "metrics": {n: f"anomnb.metrics.{m}:{n}" for m, ns in {
@@ -32,19 +32,21 @@ NAMES = {
                     "AUPRO", "AUsPRO", "AUPIMO", "IoU", "Dice", "DefectF1"],
         "evaluation": ["Evaluation"], "evaluator": ["Evaluator", "evaluate"]}.items() for n in ns},
     "data": {n: f"anomnb.data.{m}:{n}" for m, ns in {
-        "read": ["read_image", "read_mask", "Item"], "toy": ["draw_toy"], "folder": ["Folder", "Toy", "Images"],
+        "read": ["read_image", "Item"], "masks": ["read_mask", "read_masks"], "toy": ["draw_toy"], "folder": ["Folder", "Toy", "Images"],
         "splits": ["split_good"], "loader": ["make_loader"]}.items() for n in ns},
     "processing": {n: f"anomnb.processing.{m}:{n}" for m, ns in {
         "decision": ["DecisionRule", "decide"], "pre": ["Pre"],
         "conformal": ["images_needed", "lowest_rate", "p_values", "benjamini_hochberg"],
-        "thresholds": ["explain_rule", "conformal_rule", "quantile_rule", "f1_rule", "cost_rule"]}.items() for n in ns},
+        "thresholds": ["explain_rule", "conformal_rule", "quantile_rule", "f1_rule", "cost_rule", "manual_rule"],
+        "discovery": ["discover"]}.items() for n in ns},
     "models": {n: f"anomnb.models.{m}:{n}" for m, ns in {
-        "base": ["AnomalyModule", "FitOnce", "merge"], "backbones": ["Backbone", "list_backbones", "register_backbone"],
+        "base": ["AnomalyModule", "FitOnce", "merge"], "trained": ["Trained"], "backbones": ["Backbone", "list_backbones", "register_backbone"],
         "patchcore": ["Patchcore"], "padim": ["Padim"], "dfm": ["Dfm"], "dfkde": ["Dfkde"],
         "subspace_ad": ["SubspaceAd"], "anomaly_dino": ["AnomalyDino"]}.items() for n in ns},
     "visualizers": {n: f"anomnb.visualizers.{m}:{n}" for m, ns in {
         "image": ["ImageVisualizer", "show"], "heatmap": ["explore_heatmap", "HeatmapExplorer"],
-        "metrics": ["MetricsVisualizer"]}.items() for n in ns},
+        "metrics": ["MetricsVisualizer"], "threshold": ["explore_threshold", "ThresholdExplorer"],
+        "explain": ["explain_threshold"]}.items() for n in ns},
     "export": {n: f"anomnb.export.{m}:{n}" for m, ns in {
         "bundle": ["save", "load"], "inferencer": ["Inferencer"], "onnx": ["to_onnx"], "openvino": ["to_openvino"],
         "parity": ["verify", "export_model"]}.items() for n in ns},

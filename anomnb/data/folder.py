@@ -16,6 +16,7 @@ from PIL import Image
 
 from ..core.errors import AnomnbError
 from .layouts import Found, find_layout
+from .masks import read_defect_types
 from .read import image_size, open_source
 from .splits import Split, split_good, take_groups
 from .toy import draw_toy
@@ -199,9 +200,14 @@ class Folder(Images):
                  val:float|None=None, # share of good images for early stopping; None leaves it to the model
                  cal:float|None=None, # share of good images for the threshold; None is 0.2
                  group=None, # path -> same part or lot: a function, or a regular expression with one pair of brackets
+                 ignore:int|None=None, # grey of mask pixels that don't count, such as 128
                 ):
         root = Path(root)
+        if ignore is not None and (isinstance(ignore, bool) or not isinstance(ignore, int) or not 0 <= ignore <= 255):
+            raise AnomnbError(f"ignore={ignore!r}: give the grey of mask pixels that don't count, from 0 to 255")
         self._hold(find_layout(root, good, bad, masks), root.resolve().name, root, category, seed, val, cal, group)
+        types = read_defect_types(p) if (p := root/"defects_config.json").is_file() else None
+        for o in self.test_items: o.ignore, o.defect_types = ignore, types
 
 # %% ../../nbs/data/03_folder.ipynb #22de3869
 class Toy(Folder):

@@ -40,11 +40,13 @@ def _check_masks(items):
                               "Add them (named like the image, _mask may follow), or remove all masks of this kind")
 
 # %% ../../nbs/data/02_layouts.ipynb #88da117f
-def _mask_files(folder):
-    "Mask files by their names without ending"
+def _mask_files(folder, tails):
+    "Mask files, and folders of several masks, by the name of their image"
     keys = {}
     for path in list_images(folder, empty=True):
-        key = path.relative_to(folder).with_suffix("").as_posix()
+        inside = path.relative_to(folder)
+        if "/" in (shared := inside.parent.as_posix()) and shared in tails: keys[shared] = path.parent; continue
+        key = inside.with_suffix("").as_posix()
         if key in keys: raise AnomnbError(f"{str(keys[key])!r} and {path.name!r} are masks for one image: remove one")
         keys[key] = path
     return keys
@@ -60,7 +62,7 @@ def pair_masks(items:list, # of Item, sources relative to one root; `mask_path` 
                folder:Path, # holds the masks
               )->list: # the same items
     "Give images their masks. Raises `AnomnbError` naming a mask without image, or images without the mask that others of their kind have"
-    keys, claimed = _mask_files(folder), {}
+    keys, claimed = _mask_files(folder, {t for o in items for t in _tails(o.source)}), {}
     _claim([o for o in items if o.label], keys, claimed, 0)
     _claim([o for o in items if not o.label], keys, claimed, 1)
     for key in keys:
@@ -129,7 +131,14 @@ def _mvtec(root, masks=None):
     test = _named(root, ("test",))
     items, more = _test_images(root, test) if test else ([], ["there is no folder 'test'"])
     for folder in _pick(root, masks, MASKS): pair_masks(items, folder)
-    return Found("MVTec layout (train/good, test/KIND, ground_truth/KIND)", good, items, problems + more)
+    extra = _validation(root)
+    if extra: problems.append(f"{len(extra)} images of validation/good are read as good images: the library splits those itself")
+    return Found("MVTec layout (train/good, test/KIND, ground_truth/KIND)", good + extra, items, problems + more)
+
+def _validation(root): # MVTec LOCO keeps some of its good images apart
+    folder = _named(root, ("validation",))
+    good = folder and _named(folder, GOOD)
+    return _items(good, root, 0, "good", empty=True) if good else []
 
 # %% ../../nbs/data/02_layouts.ipynb #49a7c414
 def _kind(path, folder):

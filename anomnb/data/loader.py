@@ -28,6 +28,7 @@ class Sample(NamedTuple):
     image:Any = None # float32 3×H×W in [0, 1]
     size:tuple|None = None # (height, width) of the untouched image
     mask:Any = None # int32 at that size
+    defects:dict = {} # number in the mask -> `Defect`
     sha256:str = "" # of the decoded pixels, where asked for
     error:str|None = None
 
@@ -48,10 +49,10 @@ class ImageItems(Dataset):
         item = self.items[i]
         try:
             pixels = item.read()
-            mask = item.mask(pixels.shape[:2]) if self.masks else None
+            mask, defects = item.truth(pixels.shape[:2]) if self.masks else (None, {})
         except AnomnbError as e: return Sample(item, error=str(e))
         image, sha256 = torch.from_numpy(to_unit(pixels)), content_hash(pixels) if self.hashes else ""
-        return Sample(item, image if self.resize is None else self.resize(image), pixels.shape[:2], mask, sha256=sha256)
+        return Sample(item, image if self.resize is None else self.resize(image), pixels.shape[:2], mask, defects, sha256)
 
 # %% ../../nbs/data/04_loader.ipynb #a450cee6
 def collate(samples:list, # of Sample
@@ -61,7 +62,7 @@ def collate(samples:list, # of Sample
     items, images = of(samples, "item"), of(samples, "image")
     stack = len({None if o is None else o.shape for o in images}) == 1 and images[0] is not None
     return Batch(torch.stack(images) if stack else images, of(items, "source"), of(samples, "size"), labels=of(items, "label"),
-                 masks=of(samples, "mask"), regions=[{} for _ in items], kind=of(items, "kind"), category=of(items, "category"),
+                 masks=of(samples, "mask"), regions=of(samples, "defects"), kind=of(items, "kind"), category=of(items, "category"),
                  group=of(items, "group"), index=of(items, "index"), items=items, errors=of(samples, "error"), hashes=of(samples, "sha256"))
 
 # %% ../../nbs/data/04_loader.ipynb #110d0097

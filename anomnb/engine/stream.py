@@ -65,7 +65,8 @@ def stream_predictions(model, source, # a list of `Item`, or a loader
         item = batch.items[i]
         if hashes is not None and listed: hashes.append(batch.hashes[i])
         if score is None: yield failed_prediction(item, n, batch.errors[i]); continue
-        p = make_prediction(item, n, batch.sizes[i], score, map, model.rules, model.model_hash, mask=batch.masks[i] if masks else None)
+        truth = dict(mask=batch.masks[i], defects=batch.regions[i]) if masks else {}
+        p = make_prediction(item, n, batch.sizes[i], score, map, model.rules, model.model_hash, **truth)
         yield p if keep_maps else replace(p, raw_map=None)
 
 # %% ../../nbs/engine/00_stream.ipynb #efff8f55

@@ -32,6 +32,7 @@ def make_prediction(item, # what was scored: source, label, kind, category, grou
                     rules:dict, # category -> DecisionRule
                     model_hash:str="", # of the model that scored it
                     mask=None, # truth, if known
+                    defects=None, # of it, number in the mask -> `Defect`
                    )->Prediction:
     "The prediction of one image, decided by the rule of its category"
     score = float(score)
@@ -41,4 +42,4 @@ def make_prediction(item, # what was scored: source, label, kind, category, grou
     d = decide(score, map, rule_for(rules, item.category))
     return Prediction(**_known(item, index), size=tuple(int(n) for n in size), score=score, raw_map=map, is_anomalous=d.is_anomalous,
                       threshold=d.threshold, map_threshold=d.map_threshold, normalised=d.normalised, p_value=d.p_value, promised_rate=d.rate, good_images=d.n,
-                      regions=list(d.regions), mask=mask, model_hash=model_hash, loader=item.picture)
+                      regions=list(d.regions), mask=mask, defects=defects or {}, model_hash=model_hash, loader=item.picture)
