@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from anomnb.core.seeds import rng as rng
     from anomnb.core.seeds import seed_everything as seed_everything
     from anomnb.core.types import Batch as Batch
+    from anomnb.core.types import Defect as Defect
     from anomnb.core.types import Prediction as Prediction
     from anomnb.core.types import Predictions as Predictions
     from anomnb.core.types import Raw as Raw

@@ -8,9 +8,10 @@ if TYPE_CHECKING:
     from anomnb.data.folder import Images as Images
     from anomnb.data.folder import Toy as Toy
     from anomnb.data.loader import make_loader as make_loader
+    from anomnb.data.masks import read_mask as read_mask
+    from anomnb.data.masks import read_masks as read_masks
     from anomnb.data.read import Item as Item
     from anomnb.data.read import read_image as read_image
-    from anomnb.data.read import read_mask as read_mask
     from anomnb.data.splits import split_good as split_good
     from anomnb.data.toy import draw_toy as draw_toy
 

@@ -16,5 +16,6 @@ if TYPE_CHECKING:
     from anomnb.models.padim import Padim as Padim
     from anomnb.models.patchcore import Patchcore as Patchcore
     from anomnb.models.subspace_ad import SubspaceAd as SubspaceAd
+    from anomnb.models.trained import Trained as Trained
 
 __getattr__, __dir__, __all__ = lazy_names(__name__)

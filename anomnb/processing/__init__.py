@@ -10,11 +10,13 @@ if TYPE_CHECKING:
     from anomnb.processing.conformal import p_values as p_values
     from anomnb.processing.decision import DecisionRule as DecisionRule
     from anomnb.processing.decision import decide as decide
+    from anomnb.processing.discovery import discover as discover
     from anomnb.processing.pre import Pre as Pre
     from anomnb.processing.thresholds import conformal_rule as conformal_rule
     from anomnb.processing.thresholds import cost_rule as cost_rule
     from anomnb.processing.thresholds import explain_rule as explain_rule
     from anomnb.processing.thresholds import f1_rule as f1_rule
+    from anomnb.processing.thresholds import manual_rule as manual_rule
     from anomnb.processing.thresholds import quantile_rule as quantile_rule
 
 __getattr__, __dir__, __all__ = lazy_names(__name__)
