@@ -155,6 +155,7 @@ class Engine:
             self._train(model, training.run, training.callbacks())
         for message in training.batches.skipped.values(): self.say(f"left out: {message}")
         self.fit_items, model.fitted_images, model.metrics, model.model_hash = split.fit, training.batches.fitted(), {}, ""
+        model.eval()
         with standing(model, self.device): model.settle(training.aside())
 
     def _gather(self, model, split, on_error, gathered):
