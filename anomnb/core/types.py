@@ -26,7 +26,7 @@ class Batch:
     sizes:list # (height, width) of each untouched image
     labels:list = field(default_factory=list) # 0 good, 1 anomalous, None unknown
     masks:list = field(default_factory=list) # int32 H×W: 0 good, -1 ignore, else the region; or None
-    regions:list = field(default_factory=list) # per image: region id -> what is known of it
+    regions:list = field(default_factory=list) # per image: region -> `Defect`; empty for images of one mask
     kind:list = field(default_factory=list) # the kind of defect, "good" for none
     category:list = field(default_factory=list) # which decision rule applies
     group:list = field(default_factory=list) # same part or lot: never split apart
@@ -64,7 +64,7 @@ def resample(map:np.ndarray, # H×W
     im = Image.fromarray(np.ascontiguousarray(map, dtype=np.float32))
     return np.asarray(im.resize((size[1], size[0]), Image.Resampling.BILINEAR))
 
-# %% ../../nbs/core/06_types.ipynb #8b531c51
+# %% ../../nbs/core/06_types.ipynb #e7c75c36
 @dataclass
 class Defect:
     "An annotated region of the truth"
@@ -72,6 +72,7 @@ class Defect:
     saturation:float|None = None # pixels from which on it counts as found; None: all of it
     mask:Any = None # its own, bool H×W, where regions overlap; None: where the mask holds its number
 
+# %% ../../nbs/core/06_types.ipynb #8b531c51
 @dataclass
 class Prediction:
     "One image's score, map and decision, with the truth where it is known"

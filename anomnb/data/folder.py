@@ -53,11 +53,14 @@ def _sizes(items):
     ends = sorted({min(sizes, key=np.prod), max(sizes, key=np.prod)}, key=np.prod) if sizes else []
     return " to ".join(f"{h} × {w}" for h, w in ends), bad
 
+# %% ../../nbs/data/03_folder.ipynb #36cd71b0
+def _masked(items): return sum(bool(o.mask_path) or o.mask_image is not None for o in items)
+
 # %% ../../nbs/data/03_folder.ipynb #64d99eb3
 def _odd(data):
     "What makes some number impossible or doubtful"
     kinds = {o.kind for o in data.test_items if o.label}
-    bare = sorted(k for k in kinds if not any(o.mask_path for o in data.test_items if o.kind == k))
+    bare = sorted(k for k in kinds if not _masked(o for o in data.test_items if o.kind == k))
     shared = {o.group for o in data.train_items} & {o.group for o in data.test_items} - {""}
     if not kinds: yield "there are no defects to test on: AUROC and F1 need them; scores still come"
     if kinds and not any(o.label == 0 for o in data.test_items): yield "the test has no good image: AUROC and F1 need both"
@@ -130,7 +133,7 @@ class Images:
         rows, bad = [], []
         for part, kind, items in self._parts():
             sizes, broken = _sizes(items)
-            rows.append((part, kind, len(items), sum(bool(o.mask_path) for o in items), sizes))
+            rows.append((part, kind, len(items), _masked(items), sizes))
             bad += broken
         return Description(f"{self.name}: {self.layout}", rows, [*self.problems, *_odd(self), *bad[:10]])
 
@@ -138,10 +141,10 @@ class Images:
         "For the run record: counts, and a hash of the listing (names, labels, bytes)"
         kinds = {k: len(v) for part, k, v in self._parts() if part == "test"}
         size = lambda o: Path(o.path).stat().st_size if o.path else 0 # noqa: E731
-        lines = sorted(f"{p}\t{k}\t{o.source}\t{size(o)}\t{bool(o.mask_path)}" for p, k, v in self._parts() for o in v)
+        lines = sorted(f"{p}\t{k}\t{o.source}\t{size(o)}\t{bool(_masked([o]))}" for p, k, v in self._parts() for o in v)
         root = None if self.root is None else str(self.root)
         return dict(name=self.name, root=root, layout=self.layout, category=self.category, seed=self.seed,
-                    train=len(self.train_items), test=kinds, masks=sum(bool(o.mask_path) for o in self.test_items),
+                    train=len(self.train_items), test=kinds, masks=_masked(self.test_items),
                     listing=hashlib.sha256("\n".join(lines).encode()).hexdigest())
 
     def show_batch(self, n:int=8)->Figure:
@@ -162,7 +165,7 @@ def _thumbnail(item, side):
         mask = item.mask(picture.size[::-1])
     except AnomnbError: return None, None
     picture.thumbnail((side, side))
-    marked = None if mask is None or not mask.any() else Image.fromarray((mask > 0).astype(np.uint8)*255).resize(picture.size)
+    marked = None if mask is None or not (mask > 0).any() else Image.fromarray((mask > 0).astype(np.uint8)*255).resize(picture.size)
     return np.asarray(picture), None if marked is None else np.asarray(marked)/255
 
 # %% ../../nbs/data/03_folder.ipynb #bb7bea3e
@@ -208,6 +211,7 @@ class Folder(Images):
         self._hold(find_layout(root, good, bad, masks), root.resolve().name, root, category, seed, val, cal, group)
         types = read_defect_types(p) if (p := root/"defects_config.json").is_file() else None
         for o in self.test_items: o.ignore, o.defect_types = ignore, types
+        if ignore is not None: self.problems.append(f"mask pixels of grey {ignore} count in no metric")
 
 # %% ../../nbs/data/03_folder.ipynb #22de3869
 class Toy(Folder):

@@ -40,13 +40,22 @@ def _check_masks(items):
                               "Add them (named like the image, _mask may follow), or remove all masks of this kind")
 
 # %% ../../nbs/data/02_layouts.ipynb #88da117f
+def _several(folder, tails):
+    "Folders of several masks: named like an image, in a folder of its kind. Raises `AnomnbError` for one without masks"
+    inside = {o.relative_to(folder).as_posix(): o for o in folder.rglob("*") if o.is_dir()}
+    found = {k: o for k, o in inside.items() if "/" in k and k.removesuffix("_mask") in tails}
+    for o in found.values():
+        if not list_images(o, empty=True): raise AnomnbError(f"the folder of masks {str(o)!r} holds no image: put the masks there, one a region, or remove it")
+    return found
+
+# %% ../../nbs/data/02_layouts.ipynb #1eb7d835
 def _mask_files(folder, tails):
     "Mask files, and folders of several masks, by the name of their image"
-    keys = {}
+    keys = _several(folder, tails)
+    several = set(keys.values())
     for path in list_images(folder, empty=True):
-        inside = path.relative_to(folder)
-        if "/" in (shared := inside.parent.as_posix()) and shared in tails: keys[shared] = path.parent; continue
-        key = inside.with_suffix("").as_posix()
+        if path.parent in several: continue
+        key = path.relative_to(folder).with_suffix("").as_posix()
         if key in keys: raise AnomnbError(f"{str(keys[key])!r} and {path.name!r} are masks for one image: remove one")
         keys[key] = path
     return keys
@@ -124,6 +133,16 @@ def _test_images(root, test):
     found = {o: _items(o, root, int(kind != "good"), kind, empty=True) for o, kind in kinds.items()}
     return [o for v in found.values() for o in v], [f"test/{o.name} holds no image" for o, v in found.items() if not v]
 
+# %% ../../nbs/data/02_layouts.ipynb #308de5aa
+def _validation(root):
+    "(good images that are kept apart, what to say of them)"
+    folder = _named(root, ("validation",))
+    if not folder: return [], []
+    good = _named(folder, GOOD)
+    if not good: return [], [f"{folder.name} has no folder 'good' and is not read"]
+    found = _items(good, root, 0, "good", empty=True)
+    return found, [f"{len(found)} images of {folder.name}/{good.name} are read as good images: the library splits those itself"]
+
 # %% ../../nbs/data/02_layouts.ipynb #f49afe72
 def _mvtec(root, masks=None):
     good, beside = _train_images(root, _named(root, ("train",)))
@@ -131,14 +150,8 @@ def _mvtec(root, masks=None):
     test = _named(root, ("test",))
     items, more = _test_images(root, test) if test else ([], ["there is no folder 'test'"])
     for folder in _pick(root, masks, MASKS): pair_masks(items, folder)
-    extra = _validation(root)
-    if extra: problems.append(f"{len(extra)} images of validation/good are read as good images: the library splits those itself")
-    return Found("MVTec layout (train/good, test/KIND, ground_truth/KIND)", good + extra, items, problems + more)
-
-def _validation(root): # MVTec LOCO keeps some of its good images apart
-    folder = _named(root, ("validation",))
-    good = folder and _named(folder, GOOD)
-    return _items(good, root, 0, "good", empty=True) if good else []
+    extra, said = _validation(root)
+    return Found("MVTec layout (train/good, test/KIND, ground_truth/KIND)", good + extra, items, problems + said + more)
 
 # %% ../../nbs/data/02_layouts.ipynb #49a7c414
 def _kind(path, folder):

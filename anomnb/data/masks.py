@@ -7,6 +7,7 @@ __all__ = ['LOSSY', 'label_regions', 'read_mask', 'DefectType', 'read_defect_typ
 
 # %% ../../nbs/data/01_masks.ipynb #fe62e521
 import json, math
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,8 +52,7 @@ def read_mask(path:str|Path, # a file of the same size as the image
               ignore:int|None=None, # grey of pixels that don't count
              )->np.ndarray: # int32 H×W: 0 good, -1 ignored, else the region
     "A mask's regions. Raises `AnomnbError` if its size is not the image's"
-    name = repr(str(path))
-    pixels, form = grey_pixels(path, f"mask {name}")
+    name, (pixels, form) = repr(str(path)), grey_pixels(path)
     _of_size(pixels, size, name, image)
     out = _ignored(pixels, form, name, ignore)
     regions = label_regions(_marked(pixels, form, name) & ~out)
@@ -71,75 +71,96 @@ class DefectType(NamedTuple):
         return max(1, math.floor(self.saturation*pixels)) if self.relative else min(self.saturation, pixels)
 
 # %% ../../nbs/data/01_masks.ipynb #3878a371
-def _type_of(o, path):
-    try: value, one = o["pixel_value"], DefectType(str(o["defect_name"]), float(o["saturation_threshold"]), bool(o["relative_saturation"]))
-    except (KeyError, TypeError, ValueError) as e:
-        raise AnomnbError(f"{str(path)!r}: {json.dumps(o)[:80]} is no defect ({type(e).__name__} {e}): each has defect_name, pixel_value, "
-                          "saturation_threshold, relative_saturation") from e
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 255:
-        raise AnomnbError(f"{str(path)!r}: pixel_value {value!r} is no grey from 1 to 255")
-    if not one.saturation > 0 or one.relative and one.saturation > 1:
-        raise AnomnbError(f"{str(path)!r}: saturation_threshold {one.saturation:g} of {one.kind!r}: above 0, and at most 1 where it is relative")
+_KEYS = dict(defect_name=(str, "a text"), pixel_value=(int, "a whole number"), saturation_threshold=((int, float), "a number"),
+             relative_saturation=(bool, "true or false"))
+
+def _check_type(o, where):
+    if not isinstance(o, dict) or not _KEYS.keys() <= o.keys():
+        raise AnomnbError(f"{where}: {json.dumps(o)[:80]} is no defect: each has {', '.join(_KEYS)}")
+    for k, (kind, words) in _KEYS.items():
+        fits = isinstance(o[k], kind) and isinstance(o[k], bool) == (kind is bool) # to Python, true is a number too
+        if not fits: raise AnomnbError(f"{where}: {k} is {json.dumps(o[k])[:80]}: give {words}")
+
+# %% ../../nbs/data/01_masks.ipynb #2da7938b
+def _type_of(o, where):
+    "(grey, its `DefectType`)"
+    _check_type(o, where)
+    value, one = o["pixel_value"], DefectType(o["defect_name"], o["saturation_threshold"], o["relative_saturation"])
+    if not 1 <= value <= 255: raise AnomnbError(f"{where}: pixel_value {value} of {one.kind!r} is no grey from 1 to 255")
+    if not 0 < one.saturation < math.inf or one.relative and one.saturation > 1:
+        raise AnomnbError(f"{where}: saturation_threshold {one.saturation:g} of {one.kind!r}: give one above 0, and at most 1 where it is relative")
     return value, one
 
+# %% ../../nbs/data/01_masks.ipynb #f42419bd
 def read_defect_types(path:str|Path)->dict: # grey -> DefectType
     "What the greys of a data set's masks mean. Raises `AnomnbError`, `AnomnbFileError`"
+    where, out = repr(str(path)), {}
     try: listed = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as e: raise AnomnbFileError(f"can't read {str(path)!r}: {e.strerror or e}") from e
-    except ValueError as e: raise AnomnbError(f"{str(path)!r} is no JSON ({e})") from e
-    if not isinstance(listed, list): raise AnomnbError(f"{str(path)!r} holds {type(listed).__name__}: a list of defects is expected")
-    out = {}
-    for value, one in (_type_of(o, path) for o in listed):
-        if value in out: raise AnomnbError(f"{str(path)!r} gives the grey {value} to {out[value].kind!r} and to {one.kind!r}: each has one of its own")
+    except OSError as e: raise AnomnbFileError(f"can't read {where}: {e.strerror or e}") from e
+    except (ValueError, RecursionError) as e: raise AnomnbError(f"{where} is no JSON ({e}): copy it again") from e
+    if not isinstance(listed, list): raise AnomnbError(f"{where} holds {json.dumps(listed)[:40]}: a list of defects is expected")
+    for value, one in (_type_of(o, where) for o in listed):
+        if value in out: raise AnomnbError(f"{where} gives the grey {value} to {out[value].kind!r} and to {one.kind!r}: each has one of its own")
         out[value] = one
     return out
 
 # %% ../../nbs/data/01_masks.ipynb #d961561a
-def _one_of_many(path, size, image, types, ignore):
-    "(marked, ignored, its defect) of a file with one region"
-    name = repr(str(path))
-    pixels, form = grey_pixels(path, f"mask {name}")
+def _one_of_many(path, size, image, ignore):
+    "(pixels, marked, ignored) of a file with one region"
+    name, (pixels, form) = repr(str(path)), grey_pixels(path)
     _of_size(pixels, size, name, image)
     out = _ignored(pixels, form, name, ignore)
     marked = _marked(pixels, form, name) & ~out
-    return marked, out, _defect_of(pixels, marked, types, name)
+    if not (marked | out).any(): raise AnomnbError(f"mask {name} marks nothing: draw its region, or remove the file")
+    return pixels, marked, out
 
-def _defect_of(pixels, marked, types, name):
-    if not types or not marked.any(): return Defect()
-    greys = np.unique(pixels[marked]).tolist()
-    if len(greys) > 1: raise AnomnbError(f"mask {name} has the greys {greys}: a file of several masks marks one defect in one grey")
-    if greys[0] not in types:
-        raise AnomnbError(f"mask {name} marks a defect in grey {greys[0]}, which defects_config.json does not list ({', '.join(map(str, sorted(types)))})")
-    return Defect(types[greys[0]].kind, types[greys[0]].area(int(marked.sum())))
+# %% ../../nbs/data/01_masks.ipynb #f9aead16
+def _defect_of(grey, types, name):
+    "What is known of a region from the grey of its pixels"
+    if not types: return Defect()
+    found = np.unique(grey).tolist()
+    if len(found) > 1: raise AnomnbError(f"mask {name} has the greys {found}: a file of several masks marks one defect in one grey")
+    if found[0] not in types:
+        raise AnomnbError(f"mask {name} marks a defect in grey {found[0]}, which defects_config.json does not list ({', '.join(map(str, sorted(types)))})")
+    return Defect(types[found[0]].kind, types[found[0]].area(len(grey)))
 
 # %% ../../nbs/data/01_masks.ipynb #1d8de77c
 def read_masks(folder:str|Path, # holds a file for each region
                size:tuple|None=None, # (height, width) of the image
-               image:str="", types:dict|None=None, # grey -> DefectType
-               ignore:int|None=None)->tuple: # (int32 H×W: 0 good, -1 ignored, else the region; region -> Defect)
+               image:str="", # the image's name, for the error
+               types:dict|None=None, # grey -> DefectType
+               ignore:int|None=None, # grey of pixels that don't count
+              )->tuple: # (int32 H×W: 0 good, -1 ignored, else the region; region -> Defect)
     "Several masks of one image. Raises `AnomnbError`"
     files = list_images(folder)
-    found = [_one_of_many(o, size, image, types, ignore) for o in files]
-    if len(sizes := {o[0].shape for o in found}) > 1: raise AnomnbError(f"masks in {str(folder)!r} differ in size ({sorted(sizes)}): draw all at the image's")
-    regions, out = np.zeros(found[0][0].shape, np.int32), np.any([o[1] for o in found], 0)
-    overlap = np.sum([o[0] for o in found], 0) > 1
-    for i, (marked, _, _) in enumerate(found, 1): regions[marked] = i
-    regions[out] = -1
-    return regions, {i: Defect(d.kind, d.saturation, m if (m & overlap).any() else None) for i, (m, _, d) in enumerate(found, 1) if m.any()}
+    pixels, marked, out = zip(*(_one_of_many(o, size, image, ignore) for o in files))
+    if len(sizes := {o.shape for o in marked}) > 1: raise AnomnbError(f"masks in {str(folder)!r} differ in size ({sorted(sizes)}): draw all at the image's")
+    doubt, regions, defects = np.any(out, 0), np.zeros(marked[0].shape, np.int32), {}
+    overlap = np.sum(marked, 0) > 1
+    for i, (file, grey, m) in enumerate(zip(files, pixels, (o & ~doubt for o in marked)), 1):
+        regions[m] = i
+        if m.any(): defects[i] = replace(_defect_of(grey[m], types, repr(str(file))), mask=m if (m & overlap).any() else None)
+    regions[doubt] = -1
+    return regions, defects
 
 # %% ../../nbs/data/01_masks.ipynb #cfb1dbe8
 def _in_memory(item, size):
-    m = np.asarray(item.mask_image)
-    if m.dtype.kind not in "biu": raise AnomnbError(f"the mask of {item.source!r} has the type {m.dtype}: give integers, 0 good, -1 ignored, above 0 a defect")
-    _of_size(m, size, f"of {item.source!r}", item.source)
+    m, name = np.asarray(item.mask_image), f"of {item.source!r}"
+    if m.dtype.kind not in "biu": raise AnomnbError(f"the mask {name} has the type {m.dtype}: give integers, 0 good, -1 ignored, above 0 a defect")
+    if m.ndim != 2: raise AnomnbError(f"the mask {name} has shape {m.shape}: give H×W")
+    _of_size(m, size, name, item.source)
+    low, high = int(m.min()), int(m.max())
+    if low < -1 or high >= 2**31: raise AnomnbError(f"the mask {name} has values from {low} to {high}: give 0 good, -1 ignored, above 0 the region")
     return m.astype(np.int32)
 
+# %% ../../nbs/data/01_masks.ipynb #3bd7b545
 def _read_truth(item, size):
     if item.mask_image is not None: return _in_memory(item, size), {}
     if item.mask_path is None: return np.zeros(size, np.int32) if item.label == 0 else None, {}
     if Path(item.mask_path).is_dir(): return read_masks(item.mask_path, size, item.source, item.defect_types, item.ignore)
     return read_mask(item.mask_path, size, item.source, item.ignore), {}
 
+# %% ../../nbs/data/01_masks.ipynb #8af1a469
 def read_item_truth(item, # an `Item`
                     size:tuple, # (height, width) of its image
                    )->tuple: # (int32 H×W or None where it is not known, region -> Defect)

@@ -41,11 +41,7 @@ def _open_file(source):
     try: return open(source, "rb")
     except FileNotFoundError: raise no_path(source, "file") from None
     except OSError as e: raise AnomnbFileError(f"can't open {str(source)!r}: {e.strerror or e}") from e
-
-# %% ../../nbs/data/00_read.ipynb #59e31fba
 def _called(source): return "bytes" if isinstance(source, (bytes, bytearray, memoryview)) else repr(str(source))
-
-# %% ../../nbs/data/00_read.ipynb #4340669a
 def _check_size(width, height, name):
     if width*height > MAX_PIXELS:
         raise AnomnbError(f"{name} has {width}×{height} pixels, more than {MAX_PIXELS:,}: cut it into tiles or make it smaller first")
@@ -80,8 +76,6 @@ def _check_depth(im, name):
 # %% ../../nbs/data/00_read.ipynb #8e2d6776
 def _upright(im):
     return ImageOps.exif_transpose(im) if im.getexif().get(0x0112, 1) != 1 else im
-
-# %% ../../nbs/data/00_read.ipynb #03cfcf11
 def _rgb(im, name):
     _check_depth(im, name)
     try:
@@ -110,21 +104,17 @@ def image_size(source:str|Path|bytes)->tuple: # (height, width), upright
         return im.size if turned else im.size[::-1]
 
 # %% ../../nbs/data/00_read.ipynb #027708df
-def grey_pixels(path:str|Path, # a file
-                name:str="", # how errors call it
-               )->tuple: # (H×W, the file's format)
+def grey_pixels(path:str|Path)->tuple: # (H×W, the file's format)
     "The pixels of a mask as they stand, upright. Raises `AnomnbError`"
     with _open_file(path) as f:
-        im = _header(f, repr(str(path)))
+        im = _header(f, name := f"mask {str(path)!r}")
         try: im.load()
-        except Exception as e: raise AnomnbError(f"{name or repr(str(path))} can't be decoded ({e}): copy it again") from e
+        except Exception as e: raise AnomnbError(f"{name} can't be decoded ({e}): copy it again") from e
         pixels = np.asarray(_upright(im) if im.mode[0] in "LIF" and im.mode != "LA" else _upright(im).convert("RGB"))
         return pixels.max(-1) if pixels.ndim == 3 else pixels, im.format
 
 # %% ../../nbs/data/00_read.ipynb #56e02d6e
 def _is_array(x): return isinstance(x, np.ndarray) or hasattr(x, "detach")
-
-# %% ../../nbs/data/00_read.ipynb #c6163ded
 def _numpy(x):
     "An array with channels last; a tensor's come first"
     if not hasattr(x, "detach"): return x

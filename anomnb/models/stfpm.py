@@ -11,8 +11,9 @@ from torch import nn
 
 from ..core.types import Raw
 from .backbones import Backbone
-from .discrepancy import half_square_map, join_maps, untrained_copy
+from .discrepancy import check_places, half_square_map, join_maps, untrained_copy
 from .trained import Trained
+from ..processing.pre import as_size
 
 # %% ../../nbs/models/20_stfpm.ipynb #317abe86
 class StfpmNet(nn.Module):
@@ -25,7 +26,8 @@ class StfpmNet(nn.Module):
         maps = self.student(x)
         return [o.permute(0, 3, 1, 2) for o in maps] if str(getattr(self.student, "output_fmt", "")).endswith("NHWC") else list(maps)
 
-    def apart(self, x, taught): return [half_square_map(t, s) for t, s in zip(taught, self.learned(x))]
+    def apart(self, x, taught): # a map B×h×w a level
+        return [half_square_map(t, s) for t, s in zip(taught, self.learned(x))]
 
     def forward(self, x):
         map = join_maps(self.apart(x, self.backbone(x)), x.shape[-2:], "product")  # (B, H, W)
@@ -46,16 +48,18 @@ class Stfpm(Trained):
                  seed=0, # of the student's first weights
                 ):
         super().__init__()
-        self.on_backbone(Backbone(backbone, layers=layers, strides=(4, 8, 16), weights=weights), image_size)
+        self.on_backbone(Backbone(backbone, layers=layers, strides=(4, 8, 16), weights=weights, image_size=as_size(image_size)), image_size)
 
     def make_net(self, load_weights): self.net = StfpmNet(self.backbone.build(load_weights), self.args["seed"])
 
     def features(self, images):
+        "The image as the student sees it, and what the teacher says of it"
         x = self.pre(images)
         return [x, *self.net.backbone(x)]
 
     def loss(self, x, batch):
         "Sum over levels of the mean over places (eq. 2 and 3)"
+        if self.training: check_places(x[-1], max(self.backbone.strides) + 1)
         return sum(d.mean() for d in self.net.apart(x[0], x[1:]))
 
     def configure_optimizers(self):
