@@ -13,11 +13,12 @@ from functools import lru_cache
 
 import ipywidgets as widgets
 import numpy as np
-from PIL import Image
+from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageDraw
 
 from ..core.errors import AnomnbError, first_few
 from ..metrics.intervals import proportion_interval
-from .draw import ALARM, CALM, DOUBT, INK, PAPER, fit_image, grid, label_bar, message, to_png
+from .draw import ALARM, CALM, DOUBT, BLANK, INK, PAPER, _font, fit_image, grid, label_bar, to_png
 from .heatmap import heading, picker, slider
 
 # %% ../../nbs/visualizers/06_threshold.ipynb #5a03692b
@@ -54,18 +55,26 @@ class Scores:
     def __init__(self, found:list, category:str=""):
         self.images = sorted(found, key=lambda p: p.score)
         self.all = np.array([p.score for p in self.images])
-        self.good, self.bad = (np.array([p.score for p in self.images if p.label == k]) for k in (0, 1))
+        self.good, self.bad, self.rest = (np.array([p.score for p in self.images if p.label == k]) for k in (0, 1, None))
         self.start = _start(found, category)
-        self.rate = next((p.promised_rate for p in found if p.promised_rate is not None), None)
+        self.rate, self.promised_by = next(((p.promised_rate, p.good_images) for p in found if p.promised_rate is not None), (None, 0))
         ends = [*self.all[[0, -1]], *([] if self.start is None else [self.start])]
         pad = 0.02*(max(ends) - min(ends)) or max(abs(ends[0]), 1.0)*0.1
         self.low, self.high = float(min(ends) - pad), float(max(ends) + pad)
+        most = max(abs(self.low), abs(self.high))
+        self.digits = min(max(4, math.ceil(math.log10(1000*most/(self.high - self.low)))), 12) # a thousandth of the range is read
+
+    def read(self, score:float)->str: return f"{score:.{self.digits}g}"
+
+    def places(self, threshold:float)->range: # in `images`, nearest to the old threshold first
+        "Where the images stand that a move from the start changes"
+        if self.start is None: return range(0)
+        a, b = map(int, np.searchsorted(self.all, sorted((self.start, threshold)), "right"))
+        return range(a, b) if threshold > self.start else range(a, b)[::-1]
 
     def flipped(self, threshold:float)->list: # nearest to the old threshold first
         "Images that a move from the start changes"
-        if self.start is None: return []
-        a, b = np.searchsorted(self.all, sorted((self.start, threshold)), "right")
-        return self.images[a:b] if threshold > self.start else self.images[a:b][::-1]
+        return [self.images[i] for i in self.places(threshold)]
 
 # %% ../../nbs/visualizers/06_threshold.ipynb #285bdb6f
 @dataclass(frozen=True)
@@ -110,50 +119,69 @@ def _blend(canvas, where, ink, alpha=0.5): canvas[where] = (canvas[where]*(1 - a
 def histogram_picture(scores:Scores, width:int=560, height:int=150, bins:int=64)->np.ndarray: # H×W×3 uint8
     "Good, anomalous and unlabelled images by score"
     canvas = np.full((height, width, 3), PAPER, np.uint8)
-    rest = np.array([p.score for p in scores.images if p.label is None])
-    for values, ink in ((scores.good, CALM), (scores.bad, ALARM), (rest, DOUBT)):
+    for values, ink in ((scores.good, CALM), (scores.bad, ALARM), (scores.rest, DOUBT)):
         if len(values): _blend(canvas, _bars(values, scores, width, height, bins), ink)
     canvas[-1] = INK
     return canvas
 
 # %% ../../nbs/visualizers/06_threshold.ipynb #788ebbad
+def _column(scores, width, value): # where a score stands
+    return int(np.clip((value - scores.low)/(scores.high - scores.low)*(width - 1), 1, width - 2))
+
 def _line(canvas, scores, threshold, dashed=False):
-    x = int(np.clip((threshold - scores.low)/(scores.high - scores.low)*(canvas.shape[1] - 1), 1, canvas.shape[1] - 2))
-    rows = np.arange(len(canvas))
+    x, rows = _column(scores, canvas.shape[1], threshold), np.arange(len(canvas))
     canvas[rows % 8 < 4 if dashed else rows, x - (not dashed):x + 1] = INK
 
-def _axis(scores, width):
-    ends = [f"{scores.low:.3g}", f"{(scores.low + scores.high)/2:.3g}", f"{scores.high:.3g}"]
-    return np.concatenate([label_bar(ends[0], width//3), label_bar(ends[1].center(24), width//3), label_bar(ends[2].rjust(24), width - 2*(width//3))], 1)
+def _axis(scores, width, height=26):
+    strip, font = Image.new("RGB", (width, height), PAPER), _font(12)
+    draw = ImageDraw.Draw(strip)
+    for t in MaxNLocator(6).tick_values(scores.low, scores.high):
+        if not scores.low <= t <= scores.high: continue
+        x, half = _column(scores, width, t), font.getlength(f"{t:.6g}")/2
+        draw.line((x, 0, x, 4), INK)
+        draw.text((min(max(x, half), width - half), 13), f"{t:.6g}", INK, font, "mm")
+    return np.asarray(strip)
 
-def _legend(scores, width):
-    words = [(f"good {len(scores.good)}", CALM), (f"anomalous {len(scores.bad)}", ALARM),
-             (f"without a label {len(scores.all) - len(scores.good) - len(scores.bad)}", DOUBT)]
-    shown = [(w, ink) for w, ink in words if not w.endswith(" 0")]
-    bars = [np.concatenate([np.full((22, 10, 3), ink, np.uint8), label_bar(w, 130 if len(shown) < 3 else 150)], 1) for w, ink in shown]
-    line = np.concatenate(bars, 1)[:, :width]
-    return np.concatenate([line, np.full((22, width - line.shape[1], 3), PAPER, np.uint8)], 1)
+# %% ../../nbs/visualizers/06_threshold.ipynb #6b7ef484
+_BOX, _SOLID, _DASHED = [(0, 4, 11, 15)], [(5, 1, 6, 18)], [(6, y, 6, y + 3) for y in (1, 8, 15)] # left, top, right, bottom
+
+def _key(items, width, height=20): # (marks, their colour, words) each
+    "A line of marks with their words"
+    strip, font, x = Image.new("RGB", (width, height), PAPER), _font(12), 5
+    draw = ImageDraw.Draw(strip)
+    for marks, ink, words in items:
+        for l, t, r, b in marks: draw.rectangle((x + l, t, x + r, b), ink)
+        draw.text((x + 17, height/2), words, INK, font, "lm")
+        x += 35 + math.ceil(font.getlength(words))
+    return np.asarray(strip)
+
+def _legend(scores, threshold, width):
+    kinds = [(scores.good, CALM, "good"), (scores.bad, ALARM, "anomalous"), (scores.rest, DOUBT, "without a label")]
+    faint = [(_BOX, tuple((c + 255)//2 for c in ink), f"{word}: {len(v)}") for v, ink, word in kinds if len(v)]
+    before = [] if scores.start is None else [(_DASHED, INK, f"threshold before: {scores.read(scores.start)}")]
+    now = (_SOLID, INK, f"threshold now: {scores.read(threshold)}")
+    return np.concatenate([_key(faint, width), _key([now, *before], width), np.full((8, width, 3), PAPER, np.uint8)])
 
 # %% ../../nbs/visualizers/06_threshold.ipynb #d06e702d
-def _thumbnail(p, side):
-    "A small square picture with its score and a bar in the colour of the truth"
+def _thumbnail(p, side, words):
+    "A small square picture, a bar in the colour of the truth above it, words below"
     try: picture = fit_image(p.image(), side)
-    except (AnomnbError, OSError): picture = message("image is gone", (side, side))
+    except (ValueError, OSError): picture = label_bar("gone", side, side, paper=BLANK) # an `AnomnbError` is a ValueError
     out = np.full((side, side, 3), PAPER, np.uint8)
     y, x = ((side - n)//2 for n in picture.shape[:2])
     out[y:y + picture.shape[0], x:x + picture.shape[1]] = picture
     ink = {0: CALM, 1: ALARM}.get(p.label, DOUBT)
-    return np.concatenate([np.full((5, side, 3), ink, np.uint8), out, label_bar(f"{p.score:.3g}", side)])
+    return np.concatenate([np.full((5, side, 3), ink, np.uint8), out, label_bar(words, side, size=11)])
 
 # %% ../../nbs/visualizers/06_threshold.ipynb #e691d37c
 def _strip_words(flipped, scores, threshold, shown):
     if scores.start is None: return "no threshold was set before: nothing flips"
     if not flipped: return "no image changes sides"
-    word = "pass" if threshold > scores.start else "are stopped"
+    word = "now pass" if threshold > scores.start else "are stopped now"
     n = {k: sum(p.label == k for p in flipped) for k in (0, 1)}
-    kinds = ", ".join(f"{v} {w}" for v, w in ((n[0], "good"), (n[1], "anomalous"), (len(flipped) - n[0] - n[1], "without a label")) if v)
-    more = f"; the nearest {shown}" if shown < len(flipped) else ""
-    return f"{len(flipped)} now {word}: {kinds}{more}"
+    kinds = ", ".join(f"{v} {w}" for v, w in ((n[0], "good"), (n[1], "anomalous"), (len(flipped) - n[0] - n[1], "unlabelled")) if v)
+    more = f"; nearest {shown}, and {len(flipped) - shown} more" if shown < len(flipped) else ""
+    return f"{len(flipped)} {word}: {kinds}{more}"
 
 # %% ../../nbs/visualizers/06_threshold.ipynb #80872f94
 class ThresholdPictures:
@@ -164,20 +192,23 @@ class ThresholdPictures:
         self.width, self.side = width, width//8 - 6
         self.scores = {c: Scores([p for p in found if p.category == c], c) for c in sorted({p.category for p in found})}
         self.base = lru_cache(maxsize=8)(lambda c: histogram_picture(self.scores[c], width))
-        self.thumbnail = lru_cache(maxsize=256)(lambda c, i: _thumbnail(self.scores[c].images[i], self.side))
+        self.thumbnail = lru_cache(maxsize=256)(self._thumbnail)
+
+    def _thumbnail(self, category, place):
+        scores = self.scores[category]
+        return _thumbnail(scores.images[place], self.side, scores.read(scores.images[place].score))
 
     def picture(self, state:ThresholdState)->np.ndarray: # H×W×3 uint8
+        "Legend, histogram, scale, and the images that change sides"
         scores = self.scores[state.category]
         canvas = self.base(state.category).copy()
         if scores.start is not None: _line(canvas, scores, scores.start, dashed=True)
         _line(canvas, scores, state.threshold)
-        return np.concatenate([_legend(scores, self.width), canvas, _axis(scores, self.width), self._strip(scores, state)])
+        return np.concatenate([_legend(scores, state.threshold, self.width), canvas, _axis(scores, self.width), self._strip(scores, state)])
 
     def _strip(self, scores, state):
-        flipped = scores.flipped(state.threshold)
-        first = int(np.searchsorted(scores.all, min(scores.start if scores.start is not None else 0, state.threshold), "right"))
-        places = range(first, first + len(flipped))
-        shown = [self.thumbnail(state.category, i) for i in (places if scores.start is not None and state.threshold > scores.start else places[::-1])[:8]]
+        flipped, places = scores.flipped(state.threshold), scores.places(state.threshold)
+        shown = [self.thumbnail(state.category, i) for i in places[:8]]
         shown += [np.full((self.side + 27, self.side, 3), PAPER, np.uint8)]*(8 - len(shown))
         row = grid(shown, 8, 6)
         row = np.concatenate([row, np.full((len(row), max(0, self.width - row.shape[1]), 3), PAPER, np.uint8)], 1)[:, :self.width]
@@ -188,38 +219,52 @@ class ThresholdPictures:
         return to_png(self.picture(state))
 
 # %% ../../nbs/visualizers/06_threshold.ipynb #4c4f8a1e
+def _percent(x): return f"{100*x:.3g} %"
+
 def _share(k, n, word):
     if not n: return f"{word}: not known, there are no such images"
     sure = proportion_interval(k, n)
-    return f"{word}: <b>{k} of {n}</b>, {100*k/n:.3g} % ({100*sure.low:.3g} to {100*sure.high:.3g} %)"
+    return f"{word}: <b>{k} of {n}</b>, {_percent(k/n)} (95 %: {100*sure.low:.3g} to {_percent(sure.high)})"
 
 def _confusion(f):
-    rows = [("", "passes", "is stopped"), ("good", f.good - f.stopped, f.stopped), ("anomalous", f.bad - f.caught, f.caught)]
-    return "<table>" + "".join("<tr>" + "".join(f'<td style="padding:0 12px">{c}</td>' for c in r) + "</tr>" for r in rows) + "</table>"
+    rows = [("", "passes", "stopped"), ("good", f.good - f.stopped, f.stopped), ("anomalous", f.bad - f.caught, f.caught)]
+    cells = ["".join(f'<td style="padding:0 14px 0 0;line-height:20px;text-align:{"right" if i else "left"}">{c}</td>' for i, c in enumerate(r)) for r in rows]
+    return '<table style="margin:4px 0">' + "".join(f"<tr>{c}</tr>" for c in cells) + "</table>"
+
+# %% ../../nbs/visualizers/06_threshold.ipynb #f825ff63
+def _priced(scores, state, f):
+    known = [f"{x:.3g} {w}" for x, w in ((f.false_alarms, "good ones stopped"), (f.misses, "defects missed")) if x is not None]
+    lines = [f"of 1,000 parts, {1000*state.defects:.3g} of them anomalous: {', '.join(known)}"]
+    if f.cost is None: return lines
+    best = cheapest(scores, state)
+    return lines + [f"cost a part <b>{f.cost:.3g}</b>; cheapest here {facts_of(scores, replace(state, threshold=best)).cost:.3g} at {scores.read(best)}"]
+
+def _warned(scores, state, labelled):
+    lines = ["chosen on these images, a threshold looks better on them than on others"] if labelled else []
+    by = f", which {scores.promised_by} good images stand for" if scores.promised_by else ""
+    if scores.rate is not None and state.threshold != scores.start: lines.append(f"a move takes back the promised rate of {_percent(scores.rate)}{by}")
+    return [f"<i>{o}</i>" for o in lines]
 
 def facts_text(scores:Scores, state:ThresholdState)->str: # HTML
     "Rates with intervals, confusion, and what a thousand parts would bring"
-    f = facts_of(scores, state)
-    lines = [_share(f.stopped, f.good, "false alarms"), _share(f.caught, f.bad, "defects caught"), _confusion(f)]
-    known = [f"{x:.3g} {w}" for x, w in ((f.false_alarms, "good ones stopped"), (f.misses, "defects missed")) if x is not None]
-    if known: lines.append(f"of 1,000 parts, {1000*state.defects:.3g} of them anomalous: {', '.join(known)}")
-    if f.cost is not None:
-        best = cheapest(scores, state)
-        lines.append(f"cost a part <b>{f.cost:.3g}</b>; cheapest here {facts_of(scores, replace(state, threshold=best)).cost:.3g} at {best:.4g}")
-    lines.append("<i>chosen on these images, a threshold looks better on them than on others</i>")
-    if scores.rate is not None and state.threshold != scores.start: lines.append(f"<i>a move takes back the promised rate of {100*scores.rate:.3g} %</i>")
-    return "".join(f"<div>{o}</div>" for o in lines)
+    f, labelled = facts_of(scores, state), len(scores.rest) < len(scores.all)
+    rates = [_share(f.stopped, f.good, "false alarms"), _share(f.caught, f.bad, "defects caught"), _confusion(f)]
+    lines = rates + _priced(scores, state, f) if labelled else []
+    if len(scores.rest):
+        count = "count in no rate" if labelled else "no rate, confusion or cost is known"
+        lines.append(f"without a label: <b>{int((scores.rest > state.threshold).sum())} of {len(scores.rest)}</b> stopped; {count}")
+    rows = "".join(f"<div>{o}</div>" for o in lines + _warned(scores, state, labelled))
+    return f'<div style="line-height:22px">{rows}</div>'
 
 # %% ../../nbs/visualizers/06_threshold.ipynb #66d1fd32
 _ROW, _HALF, _LABEL = widgets.Layout(width="340px"), widgets.Layout(width="165px"), {"description_width": "78px"}
 
-def _log_slider(value, low, high, name):
-    return widgets.FloatLogSlider(value, base=10, min=low, max=high, step=0.05, description=name, readout_format=".3g", layout=_ROW, style=_LABEL)
+def _log_slider(value, low, high, name, form=".3r"):
+    return widgets.FloatLogSlider(value, base=10, min=low, max=high, step=0.1, description=name, readout_format=form, layout=_ROW, style=_LABEL)
 
-def _ends(scores): # the slider's stops include the threshold that the images were decided by
-    start = scores.start if scores.start is not None else (scores.low + scores.high)/2
+def _stops(scores, origin): # lowest, highest, step
     step = (scores.high - scores.low)/200
-    return start - math.ceil((start - scores.low)/step)*step, start + math.ceil((scores.high - start)/step)*step, start, step
+    return origin - math.ceil((origin - scores.low)/step)*step, origin + math.ceil((scores.high - origin)/step)*step, step
 
 # %% ../../nbs/visualizers/06_threshold.ipynb #bd9dd51f
 class ThresholdExplorer:
@@ -238,7 +283,7 @@ class ThresholdExplorer:
         self.category = picker(widgets.Dropdown, [(c or "all images", c) for c in names], "category")
         self.threshold = slider(0.0, 1.0, 0.5, "threshold", ".4g")
         self.false_alarm, self.miss = _log_slider(1.0, -2, 3, "false alarm"), _log_slider(10.0, -2, 3, "miss")
-        self.defects = _log_slider(0.01, -4, -0.3, "anomalous")
+        self.defects = _log_slider(0.01, -4, -0.3, "anomalous", ".2p")
         self.cheapest = widgets.Button(description="cheapest threshold", layout=_HALF)
         self.reason = widgets.Text(description="reason", placeholder="why this threshold", layout=_ROW, style=_LABEL)
         self.button = widgets.Button(description="apply to the model", button_style="primary", disabled=self.model is None, layout=_HALF)
@@ -264,14 +309,22 @@ class ThresholdExplorer:
     @property
     def state(self)->ThresholdState:
         "What the widgets say now"
-        return ThresholdState(self.threshold.value, self.false_alarm.value, self.miss.value, self.defects.value, self.category.value)
+        t, step, start = self.threshold.value, self.threshold.step, self.scores.start
+        if abs(t - self._origin) < step/1000: t = self._origin # stops are sums of steps: rounding is no move
+        elif start not in (None, self._origin) and abs(t - start) <= step/2: t = start # the nearest stop stands for it
+        return ThresholdState(t, self.false_alarm.value, self.miss.value, self.defects.value, self.category.value)
 
     def _pick_category(self, _=None):
-        low, high, start, step = _ends(self.scores)
-        self._still, t = True, self.threshold # the slider's ends and value change together: one picture
-        t.min, t.max = min(low, t.min), max(high, t.max)
-        t.step, t.value = step, start
-        t.min, t.max = low, high
+        scores = self.scores
+        self._lay_stops(scores.start if scores.start is not None else (scores.low + scores.high)/2)
+
+    def _lay_stops(self, origin): # the browser moves a value to the nearest stop, so what must be exact is one
+        low, high, step = _stops(self.scores, origin)
+        self._still, self._origin, t = True, origin, self.threshold
+        with t.hold_sync(): # ends, step and value change together: one message, one picture
+            t.min, t.max = min(low, t.min), max(high, t.max)
+            t.step, t.value, t.readout_format = step, origin, f".{self.scores.digits}g"
+            t.min, t.max = low, high
         self._still = False
         self._draw()
 
@@ -283,8 +336,8 @@ class ThresholdExplorer:
     def go_cheapest(self):
         "Move to the threshold whose errors cost least on these images"
         best = cheapest(self.scores, self.state)
-        if best is None: self.status.value = "the cheapest threshold needs good and anomalous images"; return
-        self.threshold.value = best
+        if best is None: self.status.value = "the cheapest threshold needs good and anomalous images"
+        else: self._lay_stops(best)
 
     def apply(self):
         "Write threshold and reason into the model; what is wrong is said in `status`"
@@ -294,8 +347,9 @@ class ThresholdExplorer:
         try: self.model.set_threshold(s.threshold, why, s.category)
         except AnomnbError as e: self.status.value = html.escape(str(e)); return
         self.scores.start, self.scores.rate = s.threshold, None
-        self.status.value = f"written: threshold <b>{s.threshold:.4g}</b>, {html.escape(why)}"
-        self._draw()
+        whose = f" for {html.escape(s.category)}" if s.category else ""
+        self.status.value = f"written{whose}: threshold <b>{self.scores.read(s.threshold)}</b>, {html.escape(why)}"
+        self._pick_category() # the slider's stops begin at the new threshold
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         bundle = self.box._repr_mimebundle_(include=include, exclude=exclude)
