@@ -70,7 +70,7 @@ def form_of(backbone, # as the detector gets it
     known, middle = FORMS.get(name, ((), 0))
     if blocks is None: blocks = known if len(known) == levels + 1 else 2
     blocks = (blocks,)*(levels + 1) if isinstance(blocks, int) else tuple(blocks)
-    if len(blocks) == levels + 1 and all(isinstance(o, int) and o > 0 for o in blocks): return blocks, middle, name not in FORMS
+    if len(blocks) == levels + 1 and all(type(o) is int and o > 0 for o in blocks): return blocks, middle, name not in FORMS
     raise AnomnbError(f"blocks={blocks}: give one whole number above 0, or {levels + 1} of them, for the embedding and {levels} levels from coarse to fine")
 
 # %% ../../nbs/models/21_reverse_distillation.ipynb #e1a3b925
