@@ -24,7 +24,7 @@ setup(
     package_data={"anomnb": ["py.typed"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={"dev": cfg["dev_requirements"].split(), "clip": cfg["clip_requirements"].split()},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": ["anomnb=anomnb._modidx:d"]},
     zip_safe=False,
 )

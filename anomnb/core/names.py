@@ -33,7 +33,7 @@ NAMES = {
         "evaluation": ["Evaluation"], "evaluator": ["Evaluator", "evaluate"]}.items() for n in ns},
     "data": {n: f"anomnb.data.{m}:{n}" for m, ns in {
         "read": ["read_image", "Item"], "masks": ["read_mask", "read_masks"], "toy": ["draw_toy"], "folder": ["Folder", "Toy", "Images"],
-        "splits": ["split_good"], "loader": ["make_loader"]}.items() for n in ns},
+        "splits": ["split_good"], "loader": ["make_loader"], "synthetic": ["synthesise", "perlin_mask", "cut_paste"]}.items() for n in ns},
     "processing": {n: f"anomnb.processing.{m}:{n}" for m, ns in {
         "decision": ["DecisionRule", "decide"], "pre": ["Pre"],
         "conformal": ["images_needed", "lowest_rate", "p_values", "benjamini_hochberg"],
@@ -42,7 +42,10 @@ NAMES = {
     "models": {n: f"anomnb.models.{m}:{n}" for m, ns in {
         "base": ["AnomalyModule", "FitOnce", "merge"], "trained": ["Trained"], "backbones": ["Backbone", "list_backbones", "register_backbone"],
         "patchcore": ["Patchcore"], "padim": ["Padim"], "dfm": ["Dfm"], "dfkde": ["Dfkde"],
-        "subspace_ad": ["SubspaceAd"], "anomaly_dino": ["AnomalyDino"]}.items() for n in ns},
+        "subspace_ad": ["SubspaceAd"], "anomaly_dino": ["AnomalyDino"], "stfpm": ["Stfpm"], "reverse_distillation": ["ReverseDistillation"],
+        "fastflow": ["Fastflow"], "fre": ["Fre"], "cfa": ["Cfa"],
+        "draem": ["Draem"], "dinomaly": ["Dinomaly"], "winclip": ["WinClip"], "ganomaly": ["Ganomaly"],
+        "efficientad": ["EfficientAd", "distil_teacher"]}.items() for n in ns},
     "visualizers": {n: f"anomnb.visualizers.{m}:{n}" for m, ns in {
         "image": ["ImageVisualizer", "show"], "heatmap": ["explore_heatmap", "HeatmapExplorer"],
         "metrics": ["MetricsVisualizer"], "threshold": ["explore_threshold", "ThresholdExplorer"],
@@ -50,17 +53,35 @@ NAMES = {
     "export": {n: f"anomnb.export.{m}:{n}" for m, ns in {
         "bundle": ["save", "load"], "inferencer": ["Inferencer"], "onnx": ["to_onnx"], "openvino": ["to_openvino"],
         "parity": ["verify", "export_model"]}.items() for n in ns},
-    "engine": {"Engine": "anomnb.engine.engine:Engine"},
+    "engine": {"Engine": "anomnb.engine.engine:Engine", "check_contract": "anomnb.engine.contract:check_contract"},
     "cli": {"anomnb_train": "anomnb.cli.train:anomnb_train", "anomnb_benchmark": "anomnb.cli.benchmark:anomnb_benchmark"},
 }
-_TINY = dict(backbone="resnet18", weights="random", image_size=64)
+_REAL = dict(backbone="tf_efficientnet_lite0", image_size=256) # features of ImageNet, installed with the library
+_TINY = {**_REAL, "image_size": 128}
+def _row(place, family, paper, tiny=_REAL, **fit): return dict(cls=f"anomnb.models.{place}", family=family, paper=paper, tiny=tiny, fit=fit)
+
 MODELS = {
-    "patchcore": dict(cls="anomnb.models.patchcore:Patchcore", family="memory bank", tiny=_TINY),
-    "padim": dict(cls="anomnb.models.padim:Padim", family="Gaussian", tiny=_TINY),
-    "dfm": dict(cls="anomnb.models.dfm:Dfm", family="PCA", tiny=_TINY),
-    "dfkde": dict(cls="anomnb.models.dfkde:Dfkde", family="kernel density", tiny=_TINY),
-    "subspace_ad": dict(cls="anomnb.models.subspace_ad:SubspaceAd", family="PCA", tiny=_TINY),
-    "anomaly_dino": dict(cls="anomnb.models.anomaly_dino:AnomalyDino", family="memory bank", tiny=_TINY),
+    "patchcore": _row("patchcore:Patchcore", "memory bank", "Roth et al., CVPR 2022"),
+    "padim": _row("padim:Padim", "Gaussian", "Defard et al., ICPR 2021"),
+    "dfm": _row("dfm:Dfm", "PCA", "Ahuja et al., 2019"),
+    "dfkde": _row("dfkde:Dfkde", "kernel density", "Akcay et al., ICIP 2022"),
+    "subspace_ad": _row("subspace_ad:SubspaceAd", "PCA", "Lendering et al., CVPR 2026", {**_REAL, "rotations": 1}),
+    "anomaly_dino": _row("anomaly_dino:AnomalyDino", "memory bank", "Damm et al., WACV 2025"),
+    "stfpm": _row("stfpm:Stfpm", "student and teacher", "Wang et al., BMVC 2021", _TINY, max_epochs=30, batch_size=8),
+    "reverse_distillation": _row("reverse_distillation:ReverseDistillation", "student and teacher", "Deng and Li, CVPR 2022", _TINY,
+                                 max_epochs=20, batch_size=8),
+    "fastflow": _row("fastflow:Fastflow", "flow", "Yu et al., 2021", {**_TINY, "steps": 4}, max_epochs=30, batch_size=8),
+    "fre": _row("fre:Fre", "linear reconstruction", "Ndiour et al., BMVC 2023", {**_REAL, "latent": 40}),
+    "cfa": _row("cfa:Cfa", "memory bank, metric learning", "Lee et al., IEEE Access 2022", {**_TINY, "image_size": 160}, max_epochs=10, batch_size=8),
+    "draem": _row("draem:Draem", "synthetic defects", "Zavrtanik et al., ICCV 2021", dict(image_size=64, width=4, segment_width=4, lr=0.003), max_epochs=12),
+    "dinomaly": _row("dinomaly:Dinomaly", "transformer reconstruction", "Guo et al., CVPR 2025",
+                     dict(backbone="vit_tiny_patch16_224", levels=2, weights="random", image_size=64), max_batches=60),
+    "winclip": _row("winclip:WinClip", "language and image", "Jeong et al., CVPR 2023",
+                    dict(backbone=dict(embed_dim=16, vision_cfg=dict(image_size=64, patch_size=16, width=32, head_width=16, layers=2),
+                                       text_cfg=dict(width=16, heads=2, layers=1)), weights="random", image_size=64, shots=2)),
+    "efficient_ad": _row("efficientad:EfficientAd", "student and teacher", "Batzner et al., WACV 2024",
+                         dict(weights="random", image_size=48, lr=0.001, hard=0.9), max_batches=60, batch_size=2),
+    "ganomaly": _row("ganomaly:Ganomaly", "generative", "Akcay et al., ACCV 2018", dict(image_size=32, latent=16, width=8, lr=0.002), max_epochs=30),
 }
 
 # %% ../../nbs/core/01_names.ipynb #546adf4b
@@ -118,10 +139,12 @@ def register_model(name:str, # lower-case with underscores
                    cls, # a class, or its place "package.module:Class"
                    family:str="", # memory bank, Gaussian, flow, …
                    tiny:dict|None=None, # arguments for a fit of a few seconds
+                   fit:dict|None=None, # arguments of the Engine for that fit
+                   paper:str="",
                   ):
     "Make a model known to `create_model`, the bundle and the command line. Raises `AnomnbError` if the name is taken"
     if name in MODELS and MODELS[name]["cls"] is not cls: raise AnomnbError(f"the model name {name!r} is taken by {MODELS[name]['cls']}: choose another")
-    MODELS[name] = dict(cls=cls, family=family, tiny=tiny or {})
+    MODELS[name] = dict(cls=cls, family=family, paper=paper, tiny=tiny or {}, fit=fit or {})
     if not isinstance(cls, str): cls.registry_name = name
     return cls
 

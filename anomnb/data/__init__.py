@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from anomnb.data.read import Item as Item
     from anomnb.data.read import read_image as read_image
     from anomnb.data.splits import split_good as split_good
+    from anomnb.data.synthetic import cut_paste as cut_paste
+    from anomnb.data.synthetic import perlin_mask as perlin_mask
+    from anomnb.data.synthetic import synthesise as synthesise
     from anomnb.data.toy import draw_toy as draw_toy
 
 __getattr__, __dir__, __all__ = lazy_names(__name__)

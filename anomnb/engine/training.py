@@ -236,8 +236,9 @@ def check_identity(theirs:str|None, ours:str):
 def saving(folder:str|Path|None, validated:bool)->list: # of Callback
     "What writes checkpoints into a folder"
     if folder is None: return []
-    best = dict(monitor="val_loss", save_top_k=1) if validated else dict(save_top_k=0)
-    return [ModelCheckpoint(folder, "best", save_last=True, enable_version_counter=False, save_on_train_epoch_end=True, **best)]
+    kw = dict(enable_version_counter=False, save_on_train_epoch_end=True)
+    best = [ModelCheckpoint(folder, "best", monitor="val_loss", **kw)] if validated else []
+    return [ModelCheckpoint(folder, "last", **kw), *best] # one that saves only the best leaves `last` where the best is
 
 def check_resume(path:str|Path|None):
     "Raises `AnomnbError` for a checkpoint that is not there"
@@ -249,9 +250,9 @@ class ImageBatches:
     "Images as a model's `prepare` and `settle` get them: B×3×H×W in [0, 1] on the device, as often as they are asked for"
     def __init__(self, model, items, device, batch_size=16, num_workers=None):
         self.device, self.make = device, lambda: make_loader(items, batch_size, num_workers, resize=model.pre.resize)
-        self.n = len(items)
+        self.items = items
 
-    def __len__(self): return self.n
+    def __len__(self): return len(self.items)
     def __iter__(self):
         for batch in self.make(): yield batch.images.to(self.device)
 

@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..core.errors import AnomnbError
 from ..core.types import Raw
 from .backbones import Backbone
 from .discrepancy import join_maps
 from .flows import Flow
 from .trained import Trained
+from ..processing.pre import as_size
 
 # %% ../../nbs/models/22_fastflow.ipynb #1aedd3aa
 class FastflowNet(nn.Module):
@@ -52,8 +54,9 @@ class Fastflow(Trained):
                  seed=0, # of weights and permutations
                 ):
         super().__init__()
-        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        self.on_backbone(Backbone(backbone, layers=layers, strides=(4, 8, 14, 16), weights=weights, image_size=size), image_size)
+        if steps is not None and (type(steps) is not int or steps < 1): raise AnomnbError(f"steps={steps!r}: a whole number of at least 1")
+        if hidden_ratio is not None and not hidden_ratio > 0: raise AnomnbError(f"hidden_ratio={hidden_ratio!r}: a number above 0")
+        self.on_backbone(Backbone(backbone, layers=layers, strides=(4, 8, 14, 16), weights=weights, image_size=as_size(image_size)), image_size)
 
     def make_net(self, load_weights):
         a, tokens = self.args, self.backbone.blocks > 0

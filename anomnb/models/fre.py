@@ -67,9 +67,11 @@ class Fre(Trained):
         super().__init__()
         self.on_backbone(Backbone(backbone, layers=layers, strides=(16,), weights=weights), image_size)
         if len(self.backbone.channels) != 1: raise AnomnbError(f"FRE stands on one layer, {len(self.backbone.channels)} were given: name one")
+        for word, n in (("pool", pool), ("latent", latent)):
+            if type(n) is not int or n < 1: raise AnomnbError(f"{word}={n!r}: a whole number of at least 1")
         if min(self.grid()) < pool: raise AnomnbError(f"pool={pool} on a grid of {self.grid()}: pool less, or give a larger image_size")
         size = self.backbone.channels[0]*self.pooled_grid()[0]*self.pooled_grid()[1]
-        if not 1 <= latent < size: raise AnomnbError(f"latent={latent}: from 1 to less than the {size} numbers that go in")
+        if latent >= size: raise AnomnbError(f"latent={latent}: from 1 to less than the {size} numbers that go in")
 
     def pooled_grid(self)->tuple: return tuple(n//self.args["pool"] for n in self.grid())
 
