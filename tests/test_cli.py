@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from anomnb.core.errors import AnomnbError
+from anomnb.core.names import MODELS, list_models
 
 RUN = "from anomnb.cli.train import anomnb_train; anomnb_train()"
 
@@ -81,3 +82,26 @@ def test_help_is_light_and_lists_the_words(place):
     assert done.returncode == 0 and done.stdout.strip().endswith("False")
     if place == "train":
         assert "coreset_ratio=0.1" in done.stdout and "--data" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    from anomnb.data.toy import draw_toy
+    return draw_toy(tmp_path_factory.mktemp("few") / "toy", n_train=12, n_good=2, n_defects=1, size=64)
+
+
+@pytest.mark.filterwarnings("ignore:.* random weights")
+@pytest.mark.parametrize("name", list_models())
+def test_every_model_is_trained_by_the_command(name, few, tmp_path, capsys):
+    from anomnb.cli.train import anomnb_train
+
+    words = {k: v for k, v in MODELS[name]["tiny"].items() if k != "rotations"}
+    anomnb_train(data=str(few), model=name, out=str(tmp_path / "run"), max_batches=2, batch_size=4, no_export=True, **{**words, "image_size": 64})
+    assert (tmp_path / "run" / "model.safetensors").exists() and "image_AUROC" in capsys.readouterr().out
+
+
+def test_info_lists_every_model_without_torch(capsys):
+    code = "from anomnb.cli.info import anomnb_info; anomnb_info('models'); import sys; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert all(any(line.startswith(name + " ") for line in done.stdout.splitlines()) for name in list_models())

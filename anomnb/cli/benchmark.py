@@ -17,7 +17,7 @@ from ..core.record import package_versions
 
 # %% ../../nbs/cli/02_benchmark.ipynb #1b4dc83f
 @command()
-def anomnb_benchmark(suite:str, # what to measure: road, speed, accuracy, promise or metrics
+def anomnb_benchmark(suite:str, # what to measure: road, speed, accuracy, promise, metrics or families
                      rounds:int=3, # of each timing; medians are shown
                      json:store_true=False, # print the rows as JSON, and nothing else
                      json_file:str=None, # also write the rows here

@@ -72,10 +72,13 @@ def anomnb_train(data:str=None, # folder of images (MVTec layout, good/bad folde
                  model:str=None, # registry name of the model; patchcore by default
                  backbone:str=None, # timm name; tf_efficientnet_lite0 when neither model nor backbone is named
                  weights:str=None, # local file of backbone weights, or "random"
-                 image_size:int=256, # the model sees images at this size
+                 image_size:int=None, # the model sees images at this size; its own by default, 256 for most
                  out:str=None, # folder for the results, new or empty; runs/NAME by default
                  seed:int=0, # of the split, the coreset and the toy set
-                 batch_size:int=16, # images at once
+                 batch_size:int=None, # images at once; 16, and in training what the model's paper has
+                 max_epochs:int=None, # of a training; the published schedule by default
+                 max_batches:int=None, # training steps at most
+                 max_time:str=None, # of a training at most, DD:HH:MM:SS
                  max_memory:str=None, # what the fit may hold, such as 2GB
                  on_error:str="raise", # or "skip": leave broken good images out
                  no_export:store_true=False, # leave ONNX and OpenVINO out
@@ -83,12 +86,14 @@ def anomnb_train(data:str=None, # folder of images (MVTec layout, good/bad folde
     "Fit a detector on good images, test it, save it and export it"
     from anomnb.data.folder import Folder, Toy
     from anomnb.engine.engine import Engine
-    given = dict(data=data, model=model, backbone=backbone, weights=weights, image_size=image_size, batch_size=batch_size, max_memory=max_memory)
+    given = dict(data=data, model=model, backbone=backbone, weights=weights, image_size=image_size, batch_size=batch_size, max_memory=max_memory,
+                 max_epochs=max_epochs, max_batches=max_batches, max_time=max_time)
     record = RunRecord({**given, **words}, seeds=dict(seed=seed))
+    schedule = {k: v for k, v in dict(max_epochs=max_epochs, max_batches=max_batches, max_time=max_time).items() if v is not None}
     net = _make_model(model, backbone, weights, image_size, seed, words)
     with record.timed("data"): source = Toy(seed=seed) if data is None else Folder(data, seed=seed)
     print(f"{source.describe()}\nimages in {source.root}")
-    engine = Engine(seed=seed, batch_size=batch_size, max_memory=max_memory)
+    engine = Engine(seed=seed, batch_size=batch_size, max_memory=max_memory, **schedule)
     place = new_folder(out) if out else next_folder("runs", source.name)
     try:
         with record.timed("fit"): engine.fit(net, source, on_error=on_error)

@@ -54,17 +54,19 @@ NAMES = {
         "bundle": ["save", "load"], "inferencer": ["Inferencer"], "onnx": ["to_onnx"], "openvino": ["to_openvino"],
         "parity": ["verify", "export_model"]}.items() for n in ns},
     "engine": {"Engine": "anomnb.engine.engine:Engine", "check_contract": "anomnb.engine.contract:check_contract"},
-    "cli": {"anomnb_train": "anomnb.cli.train:anomnb_train", "anomnb_benchmark": "anomnb.cli.benchmark:anomnb_benchmark"},
+    "cli": {"anomnb_train": "anomnb.cli.train:anomnb_train", "anomnb_benchmark": "anomnb.cli.benchmark:anomnb_benchmark",
+            "anomnb_info": "anomnb.cli.info:anomnb_info"},
 }
 _REAL = dict(backbone="tf_efficientnet_lite0", image_size=256) # features of ImageNet, installed with the library
 _TINY = {**_REAL, "image_size": 128}
-def _row(place, family, paper, tiny=_REAL, **fit): return dict(cls=f"anomnb.models.{place}", family=family, paper=paper, tiny=tiny, fit=fit)
+def _row(place, family, paper, tiny=_REAL, needs="", measured="", **fit):
+    return dict(cls=f"anomnb.models.{place}", family=family, paper=paper, tiny=tiny, fit=fit, needs=needs, measured=measured)
 
 MODELS = {
     "patchcore": _row("patchcore:Patchcore", "memory bank", "Roth et al., CVPR 2022"),
     "padim": _row("padim:Padim", "Gaussian", "Defard et al., ICPR 2021"),
     "dfm": _row("dfm:Dfm", "PCA", "Ahuja et al., 2019"),
-    "dfkde": _row("dfkde:Dfkde", "kernel density", "Akcay et al., ICIP 2022"),
+    "dfkde": _row("dfkde:Dfkde", "kernel density", "Akcay et al., ICIP 2022", {**_REAL, "components": 64}),
     "subspace_ad": _row("subspace_ad:SubspaceAd", "PCA", "Lendering et al., CVPR 2026", {**_REAL, "rotations": 1}),
     "anomaly_dino": _row("anomaly_dino:AnomalyDino", "memory bank", "Damm et al., WACV 2025"),
     "stfpm": _row("stfpm:Stfpm", "student and teacher", "Wang et al., BMVC 2021", _TINY, max_epochs=30, batch_size=8),
@@ -73,14 +75,17 @@ MODELS = {
     "fastflow": _row("fastflow:Fastflow", "flow", "Yu et al., 2021", {**_TINY, "steps": 4}, max_epochs=30, batch_size=8),
     "fre": _row("fre:Fre", "linear reconstruction", "Ndiour et al., BMVC 2023", {**_REAL, "latent": 40}),
     "cfa": _row("cfa:Cfa", "memory bank, metric learning", "Lee et al., IEEE Access 2022", {**_TINY, "image_size": 160}, max_epochs=10, batch_size=8),
-    "draem": _row("draem:Draem", "synthetic defects", "Zavrtanik et al., ICCV 2021", dict(image_size=64, width=4, segment_width=4, lr=0.003), max_epochs=12),
+    "draem": _row("draem:Draem", "synthetic defects", "Zavrtanik et al., ICCV 2021", dict(image_size=64, width=4, segment_width=4, lr=0.003),
+                  needs="good images alone; a folder of other textures helps", max_epochs=12),
     "dinomaly": _row("dinomaly:Dinomaly", "transformer reconstruction", "Guo et al., CVPR 2025",
-                     dict(backbone="vit_tiny_patch16_224", levels=2, weights="random", image_size=64), max_batches=60),
+                     dict(backbone="vit_tiny_patch16_224", levels=2, weights="random", image_size=64), needs="weights of its transformer", max_batches=60),
     "winclip": _row("winclip:WinClip", "language and image", "Jeong et al., CVPR 2023",
                     dict(backbone=dict(embed_dim=16, vision_cfg=dict(image_size=64, patch_size=16, width=32, head_width=16, layers=2),
-                                       text_cfg=dict(width=16, heads=2, layers=1)), weights="random", image_size=64, shots=2)),
+                                       text_cfg=dict(width=16, heads=2, layers=1)), weights="random", image_size=64, shots=2),
+                    needs="open_clip (pip install 'anomnb[clip]') and its weights"),
     "efficient_ad": _row("efficientad:EfficientAd", "student and teacher", "Batzner et al., WACV 2024",
-                         dict(weights="random", image_size=48, lr=0.001, hard=0.9), max_batches=60, batch_size=2),
+                         dict(weights="random", image_size=48, lr=0.001, hard=0.9),
+                         needs="weights of a teacher, see distil_teacher", max_batches=60, batch_size=2),
     "ganomaly": _row("ganomaly:Ganomaly", "generative", "Akcay et al., ACCV 2018", dict(image_size=32, latent=16, width=8, lr=0.002), max_epochs=30),
 }
 
@@ -144,7 +149,7 @@ def register_model(name:str, # lower-case with underscores
                   ):
     "Make a model known to `create_model`, the bundle and the command line. Raises `AnomnbError` if the name is taken"
     if name in MODELS and MODELS[name]["cls"] is not cls: raise AnomnbError(f"the model name {name!r} is taken by {MODELS[name]['cls']}: choose another")
-    MODELS[name] = dict(cls=cls, family=family, paper=paper, tiny=tiny or {}, fit=fit or {})
+    MODELS[name] = dict(cls=cls, family=family, paper=paper, tiny=tiny or {}, fit=fit or {}, needs="", measured="")
     if not isinstance(cls, str): cls.registry_name = name
     return cls
 

@@ -168,4 +168,5 @@ def run_road(rounds:int=3, show=print)->list:
 
 # %% ../../nbs/engine/02_benchmark.ipynb #37b126a8
 SUITES = dict(road=run_road, speed=late("anomnb.engine.speed:run_speed"), accuracy=late("anomnb.engine.accuracy:run_accuracy"),
-              promise=late("anomnb.engine.promise:run_promise"), metrics=late("anomnb.engine.metrics_speed:run_metrics"))
+              promise=late("anomnb.engine.promise:run_promise"), metrics=late("anomnb.engine.metrics_speed:run_metrics"),
+              families=late("anomnb.engine.families:run_families"))

@@ -8,7 +8,7 @@ __all__ = ['CACHES', 'EvenBatches', 'TrainBatches', 'standing', 'FeatureStore', 
            'Training']
 
 # %% ../../nbs/engine/00_training.ipynb #cf878b61
-import hashlib, json, tempfile, time
+import hashlib, json, pickle, tempfile, time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -219,10 +219,9 @@ def identity(model, items:list)->str:
                       default=lambda v: type(v).__name__, sort_keys=True)
 
 class Identity(Callback):
-    "Writes into a checkpoint whose it is, and refuses another's"
+    "Writes into a checkpoint whose it is"
     def __init__(self, words:str): self.words = words
     def on_save_checkpoint(self, trainer, model, checkpoint): checkpoint["anomnb"] = self.words
-    def on_load_checkpoint(self, trainer, model, checkpoint): check_identity(checkpoint.get("anomnb"), self.words)
 
 def check_identity(theirs:str|None, ours:str):
     "Raises `AnomnbError` for the checkpoint of another fit, with what differs"
@@ -240,10 +239,15 @@ def saving(folder:str|Path|None, validated:bool)->list: # of Callback
     best = [ModelCheckpoint(folder, "best", monitor="val_loss", **kw)] if validated else []
     return [ModelCheckpoint(folder, "last", **kw), *best] # one that saves only the best leaves `last` where the best is
 
-def check_resume(path:str|Path|None):
-    "Raises `AnomnbError` for a checkpoint that is not there"
-    if path is None or Path(path).is_file(): return
-    raise AnomnbError(f"there is no checkpoint {str(path)!r}: Engine(checkpoints=folder) writes folder/last.ckpt after each epoch")
+def check_resume(path:str|Path|None, words:str): # of `identity`
+    "Raises `AnomnbError` for a checkpoint that is not there, can't be read, or is of another fit"
+    if path is None: return
+    if not Path(path).is_file():
+        raise AnomnbError(f"there is no checkpoint {str(path)!r}: Engine(checkpoints=folder) writes folder/last.ckpt after each epoch")
+    try: theirs = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["anomnb"]
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError, TypeError) as e:
+        raise AnomnbError(f"{str(path)!r} is no checkpoint of a training ({type(e).__name__}): give the last.ckpt that Engine(checkpoints=folder) wrote") from e
+    check_identity(theirs, words)
 
 # %% ../../nbs/engine/00_training.ipynb #953c0ff8
 class ImageBatches:
@@ -260,7 +264,7 @@ class ImageBatches:
 class Training:
     "One fit of a `Trained` model: its batches, its callbacks, what it ends with"
     def __init__(self, engine, model, split, on_error:str="raise", resume=None):
-        check_resume(resume)
+        check_resume(resume, identity(model, split.fit))
         self.engine, self.model, self.split, self.resume = engine, model, split, resume
         size = engine.batch_size or model.batch_size
         self.batches, self.val = (self._batches(o, size, on_error) for o in (split.fit, split.val))
