@@ -111,7 +111,8 @@ def test_last_is_that_of_the_last_epoch_that_ended(cls, tmp_path):
 @pytest.mark.parametrize("change, why", [
     (dict(model=lambda: Stfpm(**TINY)), "model 'fre', here 'stfpm'"), (dict(model=lambda: fre(latent=5)), "latent 6, here 5"),
     (dict(model=lambda: fre(image_size=96)), "image_size 64, here 96"), (dict(data=GOOD[:10]), "images"),
-    (dict(data=[np.rot90(o).copy() for o in GOOD[:15]]), "images"), (dict(path="gone.ckpt"), "no checkpoint .*gone.ckpt"), (dict(path="broken.ckpt"), "broken.ckpt' is no checkpoint")])
+    (dict(data=[np.rot90(o).copy() for o in GOOD[:15]]), "images"), (dict(path="gone.ckpt"), "no checkpoint .*gone.ckpt"),
+    (dict(path="broken.ckpt"), "broken.ckpt' is no checkpoint")])
 def test_it_goes_on_with_the_same_fit_alone(change, why, tmp_path):
     engine(max_epochs=2, checkpoints=tmp_path).fit(fre(), GOOD, calibrate=False)
     (tmp_path / "broken.ckpt").write_bytes(b"PK no zip")

@@ -95,7 +95,7 @@ def test_wheel_names_commands_and_requirements(wheel):
     info = {Path(n).name: wheel.read(n).decode() for n in wheel.namelist() if ".dist-info/" in n}
     scripts = ConfigParser(delimiters=["="])
     scripts.read_string(info["entry_points.txt"])
-    assert dict(scripts["console_scripts"]) == {f"anomnb_{n}": f"anomnb.cli.{n}:anomnb_{n}" for n in ("train", "benchmark")}
+    assert dict(scripts["console_scripts"]) == {f"anomnb_{n}": f"anomnb.cli.{n}:anomnb_{n}" for n in ("train", "benchmark", "info")}
     assert not re.search(r"^Requires-Dist: (nbdev|pytest|ruff)\b(?!.*extra ==)", info["METADATA"], re.M)
 
 
