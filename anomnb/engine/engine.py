@@ -23,13 +23,13 @@ from ..data.loader import make_loader
 from ..data.read import open_source
 from ..data.splits import Split
 from .calibration import FROM_LABELS, check_asked, check_fresh, choose_rule, dress_rule, score_images
-from .estimates import Estimate, check_memory, time_fit
+from .estimates import Estimate, check_memory, time_fit, time_training
 from .shares import FitBatches, Together, make_trainer, take_share
 from .stream import reuse_notes, stream_predictions
 from ..metrics.evaluation import Evaluation
 from ..metrics.evaluator import Evaluator
 from .trainer import FitBar, quiet_lightning
-from .training import CACHES, Training, standing
+from .training import CACHES, Training, schedule, standing
 from .undo import check_forgets, check_goes_on, stopped_wrongly, take_out, unchanged_on_error
 from ..export.parity import export_model
 from ..models.base import AnomalyModule
@@ -147,6 +147,7 @@ class Engine:
     def _steps(self, model, split, on_error, resume):
         "Train step by step"
         if not split.fit: raise AnomnbError("there are no good images to learn from")
+        if not self.quiet: self.say(self._time(model, split.fit))
         model.to(self.device)
         with quiet_lightning():
             training = Training(self, model, split, on_error, resume)
@@ -257,7 +258,10 @@ class Engine:
         model.build(load_weights=True)
         return self._time(model, items)
 
-    def _time(self, model, items, processes=1): return time_fit(model, items, self.device, self.images_at_once, self.max_memory, processes)
+    def _time(self, model, items, processes=1):
+        if hasattr(model, "new_accumulator"): return time_fit(model, items, self.device, self.images_at_once, self.max_memory, processes)
+        size = self.batch_size or model.batch_size
+        return time_training(model, items, self.device, size, schedule(self._given(model), -(-len(items)//size))[1], self.cache_features is not None)
 
     def _check_fitted(self, model):
         if not model.fitted: raise AnomnbError(f"{type(model).__name__} is not fitted: call engine.fit(model, data) first, or load a saved model")

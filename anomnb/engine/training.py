@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CACHES', 'EvenBatches', 'TrainBatches', 'standing', 'FeatureStore', 'KeptBatches', 'keep_features', 'Keeper',
            'learned', 'Pace', 'identity', 'Identity', 'check_identity', 'saving', 'check_resume', 'ImageBatches',
-           'Training']
+           'schedule', 'Training']
 
 # %% ../../nbs/engine/00_training.ipynb #cf878b61
 import hashlib, json, pickle, tempfile, time
@@ -261,6 +261,15 @@ class ImageBatches:
         for batch in self.make(): yield batch.images.to(self.device)
 
 # %% ../../nbs/engine/00_training.ipynb #2f79fb5c
+def schedule(wanted:dict, # max_epochs and max_batches, as the Trainer's arguments
+             batches:int, # of an epoch
+            )->tuple: # (epochs, batches in all)
+    "How long a fit is: the user's numbers, else the published ones; no end is 2^60 batches"
+    most, epochs = wanted.get("max_batches"), wanted.get("max_epochs")
+    if epochs is None: epochs = -(-most//batches) if most else 100
+    return epochs, min(most or 1 << 60, max(epochs, 0)*batches) if epochs >= 0 else most or 1 << 60
+
+# %% ../../nbs/engine/00_training.ipynb #a0d34035
 class Training:
     "One fit of a `Trained` model: its batches, its callbacks, what it ends with"
     def __init__(self, engine, model, split, on_error:str="raise", resume=None):
@@ -276,12 +285,10 @@ class Training:
         return keep_features(self.model, found, e.device, e.cache_features, e.max_memory or 2 << 30, size, e.seed, e.say, e.quiet)
 
     def given(self, wanted:dict)->dict: # arguments of the Trainer
-        "Epochs and batches: the user's, else the published ones"
-        most, epochs = wanted.pop("max_batches", None), wanted.get("max_epochs")
-        if epochs is None: epochs = -(-most//len(self.batches)) if most else 100
-        self.total = min(most or 1 << 60, max(epochs, 0)*len(self.batches)) if epochs >= 0 else most or 1 << 60
+        "With the schedule's epochs; its batches are counted by `Pace`"
+        epochs, self.total = schedule(wanted, len(self.batches))
         self.model.total_batches = self.total
-        return {**wanted, "max_epochs": epochs, "num_sanity_val_steps": 0}
+        return {**{k: v for k, v in wanted.items() if k != "max_batches"}, "max_epochs": epochs, "num_sanity_val_steps": 0}
 
     def callbacks(self)->list:
         e, model = self.engine, self.model
