@@ -18,20 +18,8 @@ from anomnb.engine.engine import Engine
 from anomnb.export.bundle import load
 from anomnb.export.parity import export_model
 from anomnb.models.backbones import Backbone
-from anomnb.models.efficientad import (
-    EDGE,
-    WIDTH,
-    EfficientAd,
-    EfficientAdNet,
-    Penalty,
-    autoencoder,
-    distil_teacher,
-    jitter,
-    pdn,
-    places,
-    shared_file,
-    wanted_features,
-)
+from anomnb.models.efficientad import EfficientAd, EfficientAdNet, autoencoder, jitter
+from anomnb.models.patch_network import EDGE, WIDTH, Penalty, distil_teacher, pdn, places, shared_file, wanted_features
 from anomnb.models.weights import read_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* random weights")

@@ -15,7 +15,8 @@ from anomnb.engine.engine import Engine
 from anomnb.export.bundle import load
 from anomnb.export.parity import export_model
 from anomnb.models.base import merge
-from anomnb.models.winclip import ClipTower, References, WinClip, WinClipNet, harmonic_map, prompts, text_score, window_places
+from anomnb.models.clip import ClipTower, prompts, window_places
+from anomnb.models.winclip import References, WinClip, WinClipNet, harmonic_map, text_score
 
 pytestmark = pytest.mark.filterwarnings("ignore:backbone .* has random weights")
 needs_clip = pytest.mark.skipif(not find_spec("open_clip"), reason="open_clip is not installed: pip install 'anomnb[clip]'")
@@ -212,8 +213,8 @@ def test_saved(which, request, tmp_path, monkeypatch):
 
     for name in ("CLIP", "_build_text_tower"):
         monkeypatch.setattr(open_clip.model, name, refuse)
-    monkeypatch.setattr("anomnb.models.winclip.read_weights", refuse)
-    monkeypatch.setattr("anomnb.models.winclip.published_clip", refuse)
+    monkeypatch.setattr("anomnb.models.clip.read_weights", refuse)
+    monkeypatch.setattr("anomnb.models.clip.published_clip", refuse)
     again = load(path)
     with torch.inference_mode():
         ours, theirs = model(unit(ODD)), again(unit(ODD))
@@ -265,7 +266,7 @@ def test_published_weights(monkeypatch):
     model = WinClip()
     assert (model.pre.size, model.grid(), model.backbone.tag, model.backbone.dims) == ((240, 240), (15, 15), "laion400m_e31", 640)
     assert tuple(round(o, 4) for o in model.pre.mean.flatten().tolist()) == (0.4815, 0.4578, 0.4082)
-    monkeypatch.setattr("anomnb.models.winclip._cached", lambda *a: None)
+    monkeypatch.setattr("anomnb.models.weights._cached", lambda *a: None)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(AnomnbError, match="weights='a/file.safetensors'.*weights='random'"):
         Engine(quiet=True, num_workers=0).fit(WinClip(), GOOD, calibrate=False)

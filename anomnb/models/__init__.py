@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from anomnb.models.dinomaly import Dinomaly as Dinomaly
     from anomnb.models.draem import Draem as Draem
     from anomnb.models.efficientad import EfficientAd as EfficientAd
-    from anomnb.models.efficientad import distil_teacher as distil_teacher
     from anomnb.models.fastflow import Fastflow as Fastflow
     from anomnb.models.fre import Fre as Fre
     from anomnb.models.ganomaly import Ganomaly as Ganomaly
     from anomnb.models.padim import Padim as Padim
+    from anomnb.models.patch_network import distil_teacher as distil_teacher
     from anomnb.models.patchcore import Patchcore as Patchcore
     from anomnb.models.reverse_distillation import ReverseDistillation as ReverseDistillation
     from anomnb.models.stfpm import Stfpm as Stfpm
