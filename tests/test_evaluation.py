@@ -103,11 +103,17 @@ def test_a_threshold_outside_all_scores(threshold):
 
 @pytest.mark.parametrize("change, text", [
     (dict(score=float("nan")), "the score of '1.png' is nan"), (dict(score=float("inf")), "'1.png' is inf"),
-    (dict(label=0), "'1.png' is labelled good and its mask marks 128"),
-    (dict(mask=np.zeros((64, 64), int)), "'1.png' is labelled anomalous and its mask marks no pixel")])
+    (dict(label=0), "'1.png' is labelled good and its mask marks 128")])
 def test_a_prediction_that_contradicts_itself_is_named(change, text):
     with pytest.raises(AnomnbError, match=text):
         evaluate([drawn(0), replace(drawn(1), **change)])
+
+
+def test_an_empty_mask_of_an_anomalous_image_is_named_and_its_pixels_left_out():
+    ps = predictions()
+    found = evaluate([replace(p, mask=np.zeros((64, 64), int)) if p.index == 1 else p for p in ps])
+    without = evaluate([replace(p, mask=None) if p.index == 1 else p for p in ps])
+    assert dict(found) == dict(without) and any("mark no pixel" in n and "1.png" in n for n in found.notes)
 
 
 def test_what_is_left_out_is_counted():

@@ -28,8 +28,8 @@ from .training import TrainBatches, EvenBatches
 # %% ../../nbs/engine/08_families.ipynb #7562caa6
 SCHEDULES = {
     "hazelnut_toy": dict(stfpm=dict(max_epochs=60), reverse_distillation=dict(max_epochs=40), cfa={}, fastflow=dict(max_epochs=30), fre={}),
-    "magnetic_tile": dict(stfpm=dict(max_batches=60), reverse_distillation=dict(max_batches=80), cfa=dict(max_batches=300),
-                          fastflow=dict(max_batches=150), fre={})}
+    "magnetic_tile": dict(stfpm=dict(max_batches=30), reverse_distillation=dict(max_batches=40), cfa=dict(max_batches=150),
+                          fastflow=dict(max_batches=40), fre={})}
 # image and pixel AUROC to reach on hazelnut_toy
 REACH = dict(stfpm=(0.98, 0.97), reverse_distillation=(0.98, 0.97), cfa=(0.98, 0.97), fastflow=(0.96, 0.985), fre=(0.90, None))
 FIT_ONCE = dict(patchcore=dict(coreset_ratio=0.01), padim={}, dfm=dict(layers="layer3")) # beside them, to compare
