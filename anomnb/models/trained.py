@@ -74,10 +74,9 @@ class Trained(AnomalyModule):
     def validation_step(self, batch, batch_idx): self.note("val_loss", self.loss(self.given(batch), batch), batch)
 
     def note(self, name:str, value:torch.Tensor, batch):
-        "Show a figure, as the mean over an epoch's images"
+        "Gather a figure for its mean over an epoch's images"
         total, n = self.sums.get(name, (0., 0))
         self.sums[name] = total + value.detach()*len(batch), n + len(batch)
-        self.log(name, value.detach(), on_step=False, on_epoch=True, batch_size=len(batch))
 
     def epoch_losses(self)->dict: # name -> mean over the images
         "What was noted in this epoch, which then begins anew"
