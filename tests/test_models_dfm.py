@@ -5,7 +5,7 @@ import torch
 from scipy.stats import multivariate_normal
 
 from anomnb.core.errors import AnomnbError
-from anomnb.core.names import MODELS, create_model
+from anomnb.core.names import create_model
 from anomnb.data.read import to_unit
 from anomnb.data.toy import draw_defect, draw_good
 from anomnb.engine.engine import Engine
@@ -19,7 +19,7 @@ from anomnb.models.dfm import Dfm, VectorAxes
 pytestmark = pytest.mark.filterwarnings("ignore:backbone .* has random weights")
 GOOD = [draw_good(0, "dfm", i, 96) for i in range(14)]
 ODD = [draw_good(0, "parity", 0, 96), draw_good(0, "parity", 1, 96), draw_defect(0, "chip", 3, 0, 96)[0]]
-TINY = MODELS["dfm"]["tiny"]
+TINY = dict(backbone="resnet18", weights="random", image_size=64)
 
 
 def unit(images):

@@ -10,7 +10,7 @@ from scipy import ndimage
 from torch.nn import functional as F
 
 from anomnb.core.errors import AnomnbError
-from anomnb.core.names import MODELS, create_model
+from anomnb.core.names import create_model
 from anomnb.data.toy import draw_defect, draw_good
 from anomnb.engine.engine import Engine
 from anomnb.export.bundle import load, save
@@ -285,7 +285,7 @@ def test_bounded():
 @pytest.mark.parametrize("kind", ["onnx", "openvino"])
 @pytest.mark.parametrize("cls,kw", [(AnomalyDino, None), (SubspaceAd, None), (AnomalyDino, VIT), (SubspaceAd, VIT), (AnomalyDino, MASKED)])
 def test_parity(cls, kw, kind, tmp_path):
-    model = fitted(cls, **(kw or MODELS[cls.registry_name]["tiny"]))
+    model = fitted(cls, **(kw or CNN))
     path, parity = export_model(model, tmp_path / "part", kind, images=IMAGES)
     print(parity)
     assert parity.ok and parity.worst < 3e-5
