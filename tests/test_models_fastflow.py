@@ -198,3 +198,9 @@ def test_bad_input():
         Fastflow(**TINY)(torch.rand(1, 3, 64, 64))
     with pytest.raises(AnomnbError, match="lower the learning rate"):
         fit(lr=1e30)
+
+
+@pytest.mark.parametrize("bad", [dict(steps=0), dict(steps=-1), dict(steps=2.5), dict(hidden_ratio=0)])
+def test_arguments_that_make_no_flow(bad):
+    with pytest.raises(AnomnbError, match="whole number of at least 1|a number above 0"):
+        Fastflow(backbone="resnet18", weights="random", image_size=64, **bad)

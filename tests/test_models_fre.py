@@ -144,9 +144,11 @@ def test_parity(fitted, kind, tmp_path):
 
 
 def test_bad_input():
-    for latent in (0, -1, 1024):
-        with pytest.raises(AnomnbError, match=f"latent={latent}: from 1 to less than the 1024 numbers"):
-            Fre(**{**TINY, "latent": latent})
+    with pytest.raises(AnomnbError, match="latent=1024: from 1 to less than the 1024 numbers"):
+        Fre(**{**TINY, "latent": 1024})
+    for bad in (dict(latent=0), dict(latent=-1), dict(latent=2.5), dict(pool=0), dict(pool=1.5), dict(pool=True)):
+        with pytest.raises(AnomnbError, match="=.*: a whole number of at least 1"):
+            Fre(**{**TINY, **bad})
     assert Fre(**{**TINY, "latent": 1023}).args["latent"] == 1023
     with pytest.raises(AnomnbError, match=r"pool=5 on a grid of \(4, 4\): pool less"):
         Fre(**TINY, pool=5)
