@@ -74,7 +74,7 @@ def test_a_run_folder_that_holds_something_is_refused(toy, tmp_path):
     assert [p.name for p in (tmp_path / "old").iterdir()] == ["model.safetensors"]
 
 
-@pytest.mark.parametrize("place", ["train", "benchmark"])
+@pytest.mark.parametrize("place", ["train", "benchmark", "info"])
 def test_help_is_light_and_lists_the_words(place):
     code = (f"import sys; from anomnb.cli.{place} import anomnb_{place} as f; sys.argv = ['x', '--help']\n"
             "try: f()\nexcept SystemExit: pass\nprint('torch' in sys.modules)")
@@ -101,7 +101,7 @@ def test_every_model_is_trained_by_the_command(name, few, tmp_path, capsys):
 
 
 def test_info_lists_every_model_without_torch(capsys):
-    code = "from anomnb.cli.info import anomnb_info; anomnb_info('models'); import sys; assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    code = "from anomnb.cli.info import anomnb_info; anomnb_info(); import sys; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code, "models"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert all(any(line.startswith(name + " ") for line in done.stdout.splitlines()) for name in list_models())

@@ -34,7 +34,7 @@ def as_lines(rows:list)->list: # of equal dictionaries
 
 # %% ../../nbs/cli/03_info.ipynb #568bfe4f
 @command()
-def anomnb_info(what:str="models", # "models": a line each; "model": all about those that match
+def anomnb_info(what:str, # "models": a line each; "model": all about those that match
                 pattern:str="*", # registry names, with the wildcards of a file name
                 json:store_true=False, # as JSON, and nothing else
                ):
