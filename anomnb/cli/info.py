@@ -45,7 +45,8 @@ def anomnb_info(what:str, # "models": a line each; "model": all about those that
     if json: print(dumps(rows, indent=1))
     elif what == "models":
         print(*as_lines(rows), sep="\n")
-        if any(r["measured"] for r in rows): print("\nmeasured: image / pixel AUROC on hazelnut_toy, resnet18 to its third stage: anomnb_benchmark families, accuracy")
+        if any(r["measured"] for r in rows):
+            print("\nmeasured: image / pixel AUROC on hazelnut_toy, resnet18 to its third stage, by anomnb_benchmark (families, accuracy)")
     else:
         for r in rows:
             facts = {**r, **r.pop("arguments")}
