@@ -2,11 +2,11 @@
 import numpy as np
 import pytest
 import torch
+from pictures import unit
 from scipy.stats import multivariate_normal
 
 from anomnb.core.errors import AnomnbError
 from anomnb.core.names import create_model
-from anomnb.data.read import to_unit
 from anomnb.data.toy import draw_defect, draw_good
 from anomnb.engine.engine import Engine
 from anomnb.export.bundle import load
@@ -20,10 +20,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:backbone .* has random weights")
 GOOD = [draw_good(0, "dfm", i, 96) for i in range(14)]
 ODD = [draw_good(0, "parity", 0, 96), draw_good(0, "parity", 1, 96), draw_defect(0, "chip", 3, 0, 96)[0]]
 TINY = dict(backbone="resnet18", weights="random", image_size=64)
-
-
-def unit(images):
-    return torch.stack([torch.from_numpy(to_unit(o)) for o in images])
 
 
 def fit(images=GOOD, **kwargs):

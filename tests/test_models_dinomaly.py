@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pictures import unit
 from scipy import ndimage
 from torch import nn
 
 from anomnb.core.errors import AnomnbError
-from anomnb.core.names import MODELS
-from anomnb.data.read import to_unit
 from anomnb.data.toy import draw_defect, draw_good
 from anomnb.engine.engine import Engine
 from anomnb.export.bundle import load
@@ -26,21 +25,12 @@ GOOD = [draw_good(0, "dinomaly", i, 96) for i in range(12)]
 ODD = [draw_good(0, "parity", 0, 96), draw_good(0, "parity", 1, 96), draw_defect(0, "chip", 3, 0, 96)[0]]
 
 
-def unit(images):
-    return torch.stack([torch.from_numpy(to_unit(o)) for o in images])
-
-
 def fit(images=GOOD, batches=12, engine={}, **kw):
     return Engine(quiet=True, num_workers=0, batch_size=4, max_batches=batches, **engine).fit(Dinomaly(**{**TINY, **kw}), images, calibrate=False)
 
 
 def built(**kw):
     return Dinomaly(**{**TINY, **kw}).build().eval()
-
-
-@pytest.fixture(autouse=True)
-def known(monkeypatch):
-    monkeypatch.setitem(MODELS, "dinomaly", dict(cls="anomnb.models.dinomaly:Dinomaly", family="reconstruction", tiny=TINY))
 
 
 @pytest.fixture(scope="module")

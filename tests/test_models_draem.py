@@ -4,13 +4,12 @@ import copy
 import numpy as np
 import pytest
 import torch
+from pictures import unit
 from PIL import Image
 
 from anomnb.core.errors import AnomnbError
-from anomnb.core.names import MODELS
 from anomnb.core.seeds import rng
 from anomnb.core.types import Batch
-from anomnb.data.read import to_unit
 from anomnb.data.toy import draw_defect, draw_good
 from anomnb.engine.engine import Engine
 from anomnb.export.bundle import load
@@ -23,10 +22,6 @@ GOOD = [draw_good(0, "draem", i, 64) for i in range(12)]
 ODD = [draw_good(0, "parity", 0, 96), draw_good(0, "parity", 1, 96), draw_defect(0, "chip", 3, 0, 96)[0]]
 
 
-def unit(images):
-    return torch.stack([torch.from_numpy(to_unit(o)) for o in images])
-
-
 def batch(images):
     x = unit(images)
     return x, Batch(x, [str(i) for i in range(len(x))], [(64, 64)]*len(x), index=list(range(len(x))))
@@ -34,11 +29,6 @@ def batch(images):
 
 def fit(images=GOOD, epochs=3, engine={}, **kw):
     return Engine(quiet=True, num_workers=0, batch_size=4, max_epochs=epochs, **engine).fit(Draem(**{**TINY, **kw}), images, calibrate=False)
-
-
-@pytest.fixture(autouse=True)
-def known(monkeypatch):
-    monkeypatch.setitem(MODELS, "draem", dict(cls="anomnb.models.draem:Draem", family="reconstruction", tiny=TINY))
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pictures import unit
 from PIL import Image
 from torchvision.transforms import functional as tv
 
 from anomnb.core.errors import AnomnbError, AnomnbFileError
-from anomnb.core.names import MODELS
 from anomnb.core.seeds import rng
-from anomnb.data.read import Item, to_unit
+from anomnb.data.read import Item
 from anomnb.data.toy import draw_defect, draw_good
 from anomnb.engine.engine import Engine
 from anomnb.export.bundle import load
@@ -28,10 +28,6 @@ GOOD = [draw_good(0, "efficientad", i, 96) for i in range(12)]
 ODD = [draw_good(0, "parity", 0, 96), draw_good(0, "parity", 1, 96), draw_defect(0, "chip", 3, 0, 96)[0]]
 
 
-def unit(images):
-    return torch.stack([torch.from_numpy(to_unit(o)) for o in images])
-
-
 def fit(images=GOOD, batches=4, batch_size=2, **kw):
     engine = Engine(quiet=True, num_workers=0, batch_size=batch_size, max_batches=batches)
     return engine.fit(EfficientAd(**{**TINY, **kw}), images, calibrate=False)
@@ -42,11 +38,6 @@ def write(folder, n=3, seed="files", **kw):
     for i in range(n):
         Image.fromarray(draw_good(0, seed, i, 64)).save(folder / f"{i}.png")
     return sorted(folder.iterdir())
-
-
-@pytest.fixture(autouse=True)
-def known(monkeypatch):
-    monkeypatch.setitem(MODELS, "efficient_ad", dict(cls="anomnb.models.efficientad:EfficientAd", family="student and teacher", tiny=TINY))
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pictures import unit
 
 from anomnb.core.errors import AnomnbError
-from anomnb.core.names import MODELS
-from anomnb.data.read import to_unit
 from anomnb.data.toy import draw_defect, draw_good
 from anomnb.engine.engine import Engine
 from anomnb.export.bundle import load
@@ -19,17 +18,8 @@ GOOD = [draw_good(0, "fre", i, 96) for i in range(8)]
 ODD = [draw_good(0, "parity", 0, 96), draw_good(0, "parity", 1, 96), draw_defect(0, "chip", 3, 0, 96)[0]]
 
 
-def unit(images):
-    return torch.stack([torch.from_numpy(to_unit(o)) for o in images])
-
-
 def fit(images=GOOD, epochs=10, engine={}, **kw):
     return Engine(quiet=True, num_workers=0, batch_size=4, max_epochs=epochs, **engine).fit(Fre(**{**TINY, **kw}), images, calibrate=False)
-
-
-@pytest.fixture(autouse=True)
-def known(monkeypatch):
-    monkeypatch.setitem(MODELS, "fre", dict(cls="anomnb.models.fre:Fre", family="reconstruction", tiny=TINY))
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pictures import unit
 from torch import nn
 
 import anomnb.models.ganomaly as page
 from anomnb.core.errors import AnomnbError
-from anomnb.core.names import MODELS
 from anomnb.core.seeds import rng
 from anomnb.core.types import Batch
-from anomnb.data.read import to_unit
 from anomnb.data.toy import draw_defect, draw_good
 from anomnb.engine.engine import Engine
 from anomnb.export.bundle import load
@@ -24,10 +23,6 @@ GOOD = [draw_good(0, "ganomaly", i, 96) for i in range(10)]
 ODD = [draw_good(0, "parity", 0, 96), draw_good(0, "parity", 1, 96), draw_defect(0, "chip", 3, 0, 96)[0]]
 
 
-def unit(images):
-    return torch.stack([torch.from_numpy(to_unit(o)) for o in images])
-
-
 def fit(images=GOOD, epochs=3, engine={}, **kw):
     run = Engine(**dict(quiet=True, num_workers=0, batch_size=4, max_epochs=epochs) | engine)
     return run.fit(Ganomaly(**{**TINY, **kw}), images, calibrate=False)
@@ -36,11 +31,6 @@ def fit(images=GOOD, epochs=3, engine={}, **kw):
 def same(a, b):
     a, b = a.state_dict(), b.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-@pytest.fixture(autouse=True)
-def known(monkeypatch):
-    monkeypatch.setitem(MODELS, "ganomaly", dict(cls="anomnb.models.ganomaly:Ganomaly", family="GAN", tiny=TINY))
 
 
 @pytest.fixture(scope="module")

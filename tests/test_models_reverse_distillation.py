@@ -3,12 +3,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pictures import unit
 from scipy import ndimage
 from torch import nn
 
 from anomnb.core.errors import AnomnbError
-from anomnb.core.names import MODELS
-from anomnb.data.read import to_unit
 from anomnb.data.toy import draw_defect, draw_good
 from anomnb.engine.engine import Engine
 from anomnb.export.bundle import load
@@ -22,18 +21,8 @@ GOOD = [draw_good(0, "reverse", i, 96) for i in range(8)]
 ODD = [draw_good(0, "parity", 0, 96), draw_good(0, "parity", 1, 96), draw_defect(0, "chip", 3, 0, 96)[0]]
 
 
-def unit(images):
-    return torch.stack([torch.from_numpy(to_unit(o)) for o in images])
-
-
 def fit(images=GOOD, epochs=3, engine={}, **kw):
     return Engine(quiet=True, num_workers=0, batch_size=4, max_epochs=epochs, **engine).fit(ReverseDistillation(**{**TINY, **kw}), images, calibrate=False)
-
-
-@pytest.fixture(autouse=True)
-def known(monkeypatch):
-    cls = "anomnb.models.reverse_distillation:ReverseDistillation"
-    monkeypatch.setitem(MODELS, "reverse_distillation", dict(cls=cls, family="student and teacher", tiny=TINY))
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pictures import unit
 
 from anomnb.core.errors import AnomnbError, AnomnbFileError
-from anomnb.core.names import MODELS
-from anomnb.data.read import to_unit
 from anomnb.data.toy import draw_defect, draw_good
 from anomnb.engine.engine import Engine
 from anomnb.export.bundle import load
@@ -26,17 +25,8 @@ GOOD = [draw_good(0, "winclip", i, 96) for i in range(5)]
 ODD = [draw_good(0, "parity", 0, 96), draw_good(0, "parity", 1, 96), draw_defect(0, "chip", 3, 0, 96)[0]]
 
 
-def unit(images):
-    return torch.stack([torch.from_numpy(to_unit(o)) for o in images])
-
-
 def fit(images=GOOD, **kw):
     return Engine(quiet=True, num_workers=0, batch_size=2).fit(WinClip(**{**TINY, **kw}), images, calibrate=False)
-
-
-@pytest.fixture(autouse=True)
-def known(monkeypatch):
-    monkeypatch.setitem(MODELS, "winclip", dict(cls="anomnb.models.winclip:WinClip", family="memory bank", tiny=TINY))
 
 
 @pytest.fixture(scope="module")
