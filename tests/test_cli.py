@@ -100,6 +100,17 @@ def test_every_model_is_trained_by_the_command(name, few, tmp_path, capsys):
     assert (tmp_path / "run" / "model.safetensors").exists() and "image_AUROC" in capsys.readouterr().out
 
 
+def test_a_grey_of_the_masks_can_be_left_out(few, tmp_path, capsys):
+    from anomnb.cli.train import anomnb_train
+
+    lite = dict(backbone="tf_efficientnet_lite0", image_size=64)
+    anomnb_train(data=str(few), model="dfm", out=str(tmp_path / "run"), ignore=128, no_export=True, **lite)
+    assert "grey 128 count in no metric" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["arguments"]["ignore"] == 128
+    with pytest.raises(AnomnbError, match="from 0 to 255"):
+        anomnb_train(data=str(few), model="dfm", out=str(tmp_path / "other"), ignore=300, **lite)
+
+
 def test_info_lists_every_model_without_torch(capsys):
     code = "from anomnb.cli.info import anomnb_info; anomnb_info(); import sys; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code, "models"], capture_output=True, text=True, timeout=60)

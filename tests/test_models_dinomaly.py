@@ -15,7 +15,8 @@ from anomnb.data.toy import draw_defect, draw_good
 from anomnb.engine.engine import Engine
 from anomnb.export.bundle import load
 from anomnb.export.parity import export_model
-from anomnb.models.dinomaly import Dinomaly, linear_attention, middle_levels
+from anomnb.models.decoders import linear_attention
+from anomnb.models.dinomaly import Dinomaly, middle_levels
 from anomnb.models.stable_adamw import StableAdamW, warm_cosine, warm_cosine_at
 
 pytestmark = pytest.mark.filterwarnings("ignore:backbone .* has random weights")

@@ -14,9 +14,9 @@ from anomnb.core.seeds import rng
 from anomnb.core.types import Batch
 from anomnb.data.toy import draw_defect, draw_good
 from anomnb.engine.engine import Engine
-from anomnb.export.bundle import load
 from anomnb.export.parity import export_model
-from anomnb.models.ganomaly import Ganomaly, GanomalyNet, decoder, discriminator_loss, draw_dcgan, encoder, feature_matching, halvings
+from anomnb.models.decoders import decoder, draw_dcgan, encoder, halvings
+from anomnb.models.ganomaly import Ganomaly, GanomalyNet, discriminator_loss, feature_matching
 
 TINY = dict(image_size=32, latent=16, width=8, lr=0.002)
 GOOD = [draw_good(0, "ganomaly", i, 96) for i in range(10)]
@@ -248,17 +248,8 @@ def test_one_image_is_enough():
     assert model.fitted and list(model.history[0]) == ["epoch", "loss", "discriminator_loss"]
 
 
-def test_saved(fitted, tmp_path):
-    again = load(fitted.save(tmp_path/"m.safetensors"))
-    with torch.inference_mode():
-        assert torch.equal(fitted(unit(ODD)).score, again(unit(ODD)).score)
-    assert same(fitted, again) and again.args == fitted.args
-
-
-@pytest.mark.parametrize("kind, size", [("onnx", 32), ("openvino", 32), ("openvino", (40, 70))])
-def test_parity(fitted, kind, size, tmp_path):
-    model = fitted if size == 32 else fit(image_size=size, epochs=30)
-    _, parity = export_model(model, tmp_path/"m", kind, images=ODD)
+def test_parity_of_an_odd_size(tmp_path):
+    _, parity = export_model(fit(image_size=(40, 70), epochs=30), tmp_path/"m", "openvino", images=ODD)
     assert parity.ok and all(r["map"] is None for r in parity.rows)
     assert {(r["size"], r["batch"]) for r in parity.rows} == {((96, 96), 1), ((96, 96), 3), ((64, 85), 1), ((64, 85), 3)}
 

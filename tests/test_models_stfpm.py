@@ -8,8 +8,6 @@ from pictures import unit
 from anomnb.core.errors import AnomnbError
 from anomnb.data.toy import draw_defect, draw_good
 from anomnb.engine.engine import Engine
-from anomnb.export.bundle import load
-from anomnb.export.parity import export_model
 from anomnb.models.stfpm import Stfpm
 
 pytestmark = pytest.mark.filterwarnings("ignore:backbone .* has random weights")
@@ -102,19 +100,6 @@ def test_one_seed_one_student(fitted):
     again, other = fit(), fit(seed=1)
     assert all(torch.equal(x, y) for x, y in zip(fitted.state_dict().values(), again.state_dict().values()))
     assert not torch.equal(other.net.student.layer1[0].conv1.weight, again.net.student.layer1[0].conv1.weight)
-
-
-def test_saved(fitted, tmp_path):
-    again = load(fitted.save(tmp_path / "m.safetensors"))
-    with torch.inference_mode():
-        ours, theirs = fitted(unit(ODD)), again(unit(ODD))
-    assert torch.equal(ours.map, theirs.map) and torch.equal(ours.score, theirs.score) and again.args == fitted.args
-
-
-@pytest.mark.parametrize("kind", ["onnx", "openvino"])
-def test_parity(fitted, kind, tmp_path):
-    _, parity = export_model(fitted, tmp_path / "m", kind, images=ODD)
-    assert parity.ok and {(r["size"], r["batch"]) for r in parity.rows} == {((96, 96), 1), ((96, 96), 3), ((64, 85), 1), ((64, 85), 3)}
 
 
 @pytest.mark.parametrize("backbone", ["swin_s3_tiny_224", "test_vit"])

@@ -74,6 +74,7 @@ def anomnb_train(data:str=None, # folder of images (MVTec layout, good/bad folde
                  weights:str=None, # local file of backbone weights, or "random"
                  image_size:int=None, # the model sees images at this size; its own by default, 256 for most
                  out:str=None, # folder for the results, new or empty; runs/NAME by default
+                 ignore:int=None, # grey of mask pixels that don't count
                  seed:int=0, # of the split, the coreset and the toy set
                  batch_size:int=None, # images at once; 16, and in training what the model's paper has
                  max_epochs:int=None, # of a training; the published schedule by default
@@ -87,11 +88,11 @@ def anomnb_train(data:str=None, # folder of images (MVTec layout, good/bad folde
     from anomnb.data.folder import Folder, Toy
     from anomnb.engine.engine import Engine
     given = dict(data=data, model=model, backbone=backbone, weights=weights, image_size=image_size, batch_size=batch_size, max_memory=max_memory,
-                 max_epochs=max_epochs, max_batches=max_batches, max_time=max_time)
+                 ignore=ignore, max_epochs=max_epochs, max_batches=max_batches, max_time=max_time)
     record = RunRecord({**given, **words}, seeds=dict(seed=seed))
     schedule = {k: v for k, v in dict(max_epochs=max_epochs, max_batches=max_batches, max_time=max_time).items() if v is not None}
     net = _make_model(model, backbone, weights, image_size, seed, words)
-    with record.timed("data"): source = Toy(seed=seed) if data is None else Folder(data, seed=seed)
+    with record.timed("data"): source = Toy(seed=seed) if data is None else Folder(data, seed=seed, ignore=ignore)
     print(f"{source.describe()}\nimages in {source.root}")
     engine = Engine(seed=seed, batch_size=batch_size, max_memory=max_memory, **schedule)
     place = new_folder(out) if out else next_folder("runs", source.name)

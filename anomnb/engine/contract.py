@@ -21,11 +21,11 @@ from ..core.seeds import rng
 from ..data.folder import Images, as_data
 from ..data.read import Item, to_unit
 from ..data.toy import KINDS, draw_defect, draw_good
+from .batches import EvenBatches, TrainBatches
 from .engine import Engine
 from .shares import make_trainer
 from .stream import evaluating
 from .trainer import quiet_lightning
-from .training import EvenBatches, TrainBatches
 from ..export.bundle import load
 from ..export.parity import export_model
 from ..models.base import FitOnce
@@ -122,9 +122,10 @@ def check_shapes(c:Contract):
 
 # %% ../../nbs/engine/07_contract.ipynb #86c58b0d
 def check_saved(c:Contract):
-    "Saved and loaded, it has the same tensors and gives the same answers"
+    "Saved and loaded, it has the same arguments and tensors and gives the same answers"
     x, path = c.images(3), c.model.save(Path(c.folder.name)/"saved.safetensors")
     again = load(path)
+    _hold(again.args == c.model.args, f"what is loaded has other arguments: {again.args}, saved {c.model.args}")
     _hold(not (other := _same_tensors(c.model, again)), f"what is loaded differs in {', '.join(other[:3])}")
     with evaluating(c.model, "cpu"), evaluating(again, "cpu"): a, b = c.model(x), again(x)
     same = all(torch.equal(o, p) for o, p in zip(a[:2], b[:2]) if o is not None)

@@ -22,6 +22,7 @@ from ..data.folder import as_data
 from ..data.loader import make_loader
 from ..data.read import open_source
 from ..data.splits import Split
+from .batches import CACHES, standing
 from .calibration import FROM_LABELS, check_asked, check_fresh, choose_rule, dress_rule, score_images
 from .estimates import Estimate, check_memory, time_fit, time_training
 from .shares import FitBatches, Together, make_trainer, take_share
@@ -29,7 +30,7 @@ from .stream import reuse_notes, stream_predictions
 from ..metrics.evaluation import Evaluation
 from ..metrics.evaluator import Evaluator
 from .trainer import FitBar, quiet_lightning
-from .training import CACHES, Training, schedule, standing
+from .training import Training, schedule
 from .undo import check_forgets, check_goes_on, stopped_wrongly, take_out, unchanged_on_error
 from ..export.parity import export_model
 from ..models.base import AnomalyModule

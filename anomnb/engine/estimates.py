@@ -15,7 +15,7 @@ from ..core.errors import AnomnbError
 from ..core.units import show_bytes, show_seconds
 from ..data.loader import make_loader
 from .stream import evaluating
-from .training import EvenBatches, FeatureStore, ImageBatches, TrainBatches
+from .batches import EvenBatches, FeatureStore, ImageBatches, TrainBatches
 
 # %% ../../nbs/engine/00_estimates.ipynb #5fe52f11
 @dataclass

@@ -20,16 +20,16 @@ from ..core.paths import shared_data, shared_weights
 from ..data.folder import Folder, Images
 from ..data.read import open_source, to_unit
 from ..data.toy import draw_good
+from .batches import EvenBatches, TrainBatches
 from .benchmark import Row, in_turn, local_resnet18
 from .engine import Engine
 from .stream import evaluating
-from .training import TrainBatches, EvenBatches
 
 # %% ../../nbs/engine/08_families.ipynb #7562caa6
 SCHEDULES = {
-    "hazelnut_toy": dict(stfpm=dict(max_epochs=60), reverse_distillation=dict(max_epochs=40), cfa={}, fastflow=dict(max_epochs=30), fre={}),
-    "magnetic_tile": dict(stfpm=dict(max_batches=30), reverse_distillation=dict(max_batches=40), cfa=dict(max_batches=150),
-                          fastflow=dict(max_batches=40), fre={})}
+    "hazelnut_toy": dict(stfpm={}, reverse_distillation=dict(max_epochs=40), cfa={}, fastflow=dict(max_epochs=30), fre={}),
+    "magnetic_tile": dict(stfpm=dict(max_batches=150), reverse_distillation=dict(max_batches=200), cfa=dict(max_batches=500),
+                          fastflow=dict(max_batches=100), fre={})}
 # image and pixel AUROC to reach on hazelnut_toy
 REACH = dict(stfpm=(0.98, 0.97), reverse_distillation=(0.98, 0.97), cfa=(0.98, 0.97), fastflow=(0.96, 0.985), fre=(0.90, None))
 FIT_ONCE = dict(patchcore=dict(coreset_ratio=0.01), padim={}, dfm=dict(layers="layer3")) # beside them, to compare

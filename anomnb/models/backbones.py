@@ -18,6 +18,7 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from ..core.errors import AnomnbError, unknown
+from ..core.seeds import seeded
 from .weights import LITE0, lite0_weights, place_weights, published_weights, read_weights
 
 # %% ../../nbs/models/01_backbones.ipynb #06e0a4c4
@@ -84,8 +85,7 @@ def _check_name(name):
 def _draw(name, indices=None, file=None, norm=False): # timm's network, seeded, or with the weights of a file that timm published
     kw = {} if indices is None or norm else dict(out_indices=tuple(indices))
     if file: kw |= dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(file), custom_load=False))
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
+    with seeded(0):
         net = timm.create_model(name, features_only=not norm, **kw)
         return FeatureGetterNet(net, tuple(indices), norm=True) if norm else net
 
@@ -217,8 +217,7 @@ class _Registered:
         self.levels = self._of("random").levels
 
     def _of(self, weights):
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
+        with seeded(0):
             return _Module(BACKBONES[self.name][0](weights), self.layers, name=self.name)
 
     def make(self, weights): return self._of(weights).tap

@@ -13,7 +13,7 @@ from scipy.cluster.vq import kmeans2
 from torch import nn
 
 from ..core.errors import AnomnbError
-from ..core.seeds import rng
+from ..core.seeds import rng, seeded
 from ..core.types import Raw
 from .backbones import Backbone
 from .nearest import BankSearch
@@ -35,8 +35,7 @@ class Descriptor(nn.Module):
     def __init__(self, channels:int, size:int, # of the descriptor
                  seed:int=0): # of the first weights
         super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed):
             self.conv = nn.Conv2d(channels + 2, size, 1)
 
     def forward(self, maps): # (B, size, h, w) on the finest grid

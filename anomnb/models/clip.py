@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core.errors import AnomnbError, unknown
+from ..core.seeds import seeded
 from .weights import hub_file, read_weights
 from ..processing.pre import as_size
 
@@ -102,8 +103,7 @@ class ClipTower(nn.Module):
     def build(self, load_weights:bool=True):
         "Make the network; gives the whole of CLIP, or None if no weights are to be loaded. Raises `AnomnbError`"
         model = find_open_clip().model
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
+        with seeded(0):
             if load_weights: clip = self.load(model.CLIP(self.dims, self.vision, self.text, self.quick))
             self.net = (clip.visual if load_weights else model._build_vision_tower(self.dims, self.vision, self.quick)).requires_grad_(False).eval()
         return clip.eval() if load_weights else None

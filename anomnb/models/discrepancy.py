@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core.errors import AnomnbError, unknown
+from ..core.seeds import seeded
 
 # %% ../../nbs/models/08_discrepancy.ipynb #036e4048
 def cosine_map(a:torch.Tensor, b:torch.Tensor, # B×C×h×w
@@ -80,8 +81,7 @@ def _drawn_anew(m):
 # %% ../../nbs/models/08_discrepancy.ipynb #5d3e47ee
 def draw_weights(net:nn.Module, seed:int=0)->nn.Module: # the same one
     "Weights drawn from a seed, in place"
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         return net.apply(_drawn_anew)
 
 def untrained_copy(net:nn.Module, seed:int=0)->nn.Module:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core.errors import AnomnbError, unknown
-from ..core.seeds import rng
+from ..core.seeds import rng, seeded
 from ..core.types import Raw
 from .discrepancy import hard_mean
 from .patch_network import EDGE, LAYERS, WIDTH, Penalty, channel_stats, grey, load_teacher, pdn, places
@@ -39,8 +39,7 @@ class EfficientAdNet(nn.Module):
     def __init__(self, model_size:str, size:tuple, # (height, width)
                  seed:int=0):
         super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed):
             self.student, self.autoencoder, self.teacher = pdn(model_size, 2*WIDTH), autoencoder(size), pdn(model_size)
         for name, value in dict(mean=0., std=1.).items(): self.register_buffer(name, torch.full((WIDTH, 1, 1), value))
         self.register_buffer("quantiles", torch.tensor([[0., 0.1]]*2)) # 0.9 and 0.995 of each map; until `settle` they change nothing

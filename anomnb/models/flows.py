@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..core.errors import AnomnbError
-from ..core.seeds import rng
+from ..core.seeds import rng, seeded
 
 # %% ../../nbs/models/08_flows.ipynb #6aaca7bc
 class CouplingStep(nn.Module):
@@ -31,7 +31,7 @@ class CouplingStep(nn.Module):
         self.register_buffer("order", order); self.register_buffer("back", order.argsort())
 
     def _stretch(self, a):
-        s, t = self.subnet(a).chunk(2, 1)
+        s, t = (self.subnet(a)/10).chunk(2, 1)
         return self.clamp*torch.tanh(s), t
 
     def forward(self, x): # -> (z, log determinant at each place, B×h×w)
@@ -55,8 +55,7 @@ class Flow(nn.Module):
                  clamp:float=2.0, seed:int=0): # of weights and permutations
         super().__init__()
         hidden = max(1, int(hidden_ratio*((channels + 1)//2)))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             self.steps = nn.ModuleList(CouplingStep(channels, hidden, kernels[i % len(kernels)], clamp, seed*1000 + i) for i in range(steps))
 
     def forward(self, x): # -> (z, log determinant at each place, B×h×w)

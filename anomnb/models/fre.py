@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core.errors import AnomnbError
+from ..core.seeds import seeded
 from ..core.types import Raw
 from .backbones import Backbone
 from .trained import Trained
@@ -22,8 +23,7 @@ class TiedAutoencoder(nn.Module):
                  latent:int, # numbers between
                  seed:int=0):
         super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             self.weight = nn.Parameter(torch.empty(latent, size))
             nn.init.xavier_uniform_(self.weight)
         self.inner, self.outer = nn.Parameter(torch.zeros(latent)), nn.Parameter(torch.zeros(size))

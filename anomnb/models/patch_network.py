@@ -19,7 +19,7 @@ from torch import nn
 from ..core.bars import progress
 from ..core.errors import AnomnbError, AnomnbFileError, unknown
 from ..core.files import write_file
-from ..core.seeds import rng
+from ..core.seeds import rng, seeded
 from ..data.loader import ImageItems, ImageLoader, collate, count_workers
 from ..data.read import list_images, open_source, read_image, to_unit
 from ..data.synthetic import drawn_source
@@ -132,8 +132,7 @@ def distil_teacher(backbone, # `Backbone` whose first layer has stride 8
     "Teach a patch description network what the backbone says, and write it (sec. A). Raises `AnomnbError`"
     items, (h, w), device = open_source(images), as_size(image_size), next(backbone.build().parameters()).device
     pre, n, size = Pre((h, w)).to(device), len(items), (2*h, 2*w)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         net = pdn(model_size, padding=True).to(device)
     some = np.array_split(rng(seed, "stats").permutation(n)[:10_000], -(-min(n, 10_000)//batch_size))
     mean, std = channel_stats(wanted_features(backbone, x) for x, _ in shown(items, [o.tolist() for o in some], size, device, seed))
