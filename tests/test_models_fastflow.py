@@ -87,7 +87,7 @@ def flowed(model, x):
                 w = [o.double() for o in (step.subnet[0].weight, step.subnet[0].bias, step.subnet[2].weight, step.subnet[2].bias)]
                 half = (v.shape[1] + 1)//2
                 pad = w[0].shape[-1]//2
-                both = F.conv2d(F.conv2d(v[:, :half], w[0], w[1], padding=pad).clamp(min=0), w[2], w[3], padding=pad)
+                both = F.conv2d(F.conv2d(v[:, :half], w[0], w[1], padding=pad).clamp(min=0), w[2], w[3], padding=pad)/10  # at a tenth, as in FrEIA
                 s, t = 2*torch.tanh(both[:, :both.shape[1]//2]), both[:, both.shape[1]//2:]
                 v = torch.cat([v[:, :half], v[:, half:]*s.exp() + t], 1)
                 v = (v*step.log_scale.double().exp() + step.shift.double())[:, step.order]
