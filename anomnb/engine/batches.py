@@ -7,7 +7,6 @@ __all__ = ['CACHES', 'EvenBatches', 'TrainBatches', 'standing', 'FeatureStore', 
 
 # %% ../../nbs/engine/00_batches.ipynb #26c671c3
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from ..core.types import Batch
 from ..core.units import show_bytes
 from ..data.loader import ImageItems, ImageLoader, bad_images, collate, count_workers, good_positions, make_loader, scan, select
 from .shares import nothing_read, safe_batches
+from .stream import evaluating
 
 # %% ../../nbs/engine/00_batches.ipynb #d064aeb4
 class EvenBatches(Sampler):
@@ -70,14 +70,9 @@ class TrainBatches:
 # %% ../../nbs/engine/00_batches.ipynb #7229ae62
 CACHES = ("memory", "disk", None)
 
-@contextmanager
 def standing(model, device):
     "The model in evaluation mode on a device, without gradients, but with tensors that may be learned from later"
-    was = model.training
-    model.eval().to(device)
-    try:
-        with torch.no_grad(): yield model
-    finally: model.train(was)
+    return evaluating(model, device, torch.no_grad)
 
 class FeatureStore:
     "Features of images by place, in memory or in a file that goes with it"

@@ -18,12 +18,12 @@ from ..processing.prediction import failed_prediction, make_prediction
 
 # %% ../../nbs/engine/00_stream.ipynb #8b2f5d8e
 @contextmanager
-def evaluating(model, device):
+def evaluating(model, device, without=torch.inference_mode): # or torch.no_grad, for tensors that may be learned from later
     "The model in evaluation mode on a device, without gradients; its mode is restored"
     was = model.training
     model.eval().to(device)
     try:
-        with torch.inference_mode(): yield model
+        with without(): yield model
     finally: model.train(was)
 
 # %% ../../nbs/engine/00_stream.ipynb #41bc4265
