@@ -2,7 +2,12 @@
 import pytest
 from offline import refuse_network
 
-REFUSED = {}
+
+def pytest_collection_modifyitems(items):
+    "What one process of `pytest -n` takes as a whole: a test file, and of the contract one model, so that nothing is fitted twice"
+    for item in items:
+        model = item.callspec.params.get("contract", "") if hasattr(item, "callspec") else ""
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.name} {model}"))
 
 
 @pytest.fixture(autouse=True)
@@ -12,14 +17,15 @@ def no_network(request):
     yield attempts
     undo()
     if attempts:
-        REFUSED[request.node.nodeid] = attempts
+        request.node.user_properties.append(("refused", ", ".join(str(a) for a in attempts[:3])))
 
 
 def pytest_terminal_summary(terminalreporter):
-    if REFUSED:
+    reports = [o for kind in terminalreporter.stats.values() for o in kind if getattr(o, "when", "") == "teardown"]
+    if refused := [f"{o.nodeid}: {v}" for o in reports for k, v in o.user_properties if k == "refused"]:
         terminalreporter.section("connections refused")
-        for name, attempts in REFUSED.items():
-            terminalreporter.write_line(f"{name}: {', '.join(str(a) for a in attempts[:3])}")
+        for line in refused:
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,6 @@
 """Every page runs, and shows what it showed when it was stored."""
+import os
+
 import pytest
 from project import page_name, pages
 from runner import PageRunner
@@ -10,9 +12,9 @@ PAGES = {page_name(p): p for p in pages()}
 
 @pytest.fixture(scope="session")
 def reports(request):
-    "All chosen pages, begun at once and two at a time; each test waits for its own"
+    "All chosen pages, begun at once and two at a time (one, where `pytest -n` has other tests beside them); each test waits for its own"
     chosen = [i.callspec.params["name"] for i in request.session.items if getattr(i, "originalname", "") == "test_page"]
-    runner = PageRunner()
+    runner = PageRunner(workers=1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
     yield {name: runner.submit(PAGES[name]) for name in chosen}
     runner.close()
 
