@@ -3,7 +3,8 @@ import json
 
 from test_visualizers_browser import PICTURE, chromium, opened, press, slider, voila  # noqa: F401
 
-from anomnb.visualizers.threshold import cheapest, explore_threshold
+from anomnb.visualizers.threshold import explore_threshold
+from anomnb.visualizers.threshold_costs import cheapest
 
 FOUND = """from dataclasses import replace
 from anomnb.visualizers.draw import draw_predictions

@@ -8,17 +8,13 @@ from anomnb.core.errors import AnomnbError
 from anomnb.core.types import Prediction, Predictions
 from anomnb.visualizers.draw import ALARM, BLANK, CALM, DOUBT, INK
 from anomnb.visualizers.threshold import (
-    Scores,
     ThresholdPictures,
-    ThresholdState,
-    cheapest,
     explore_threshold,
-    facts_of,
-    facts_text,
     histogram_picture,
     measure_threshold_moves,
     threshold_strip,
 )
+from anomnb.visualizers.threshold_costs import Scores, ThresholdState, cheapest, facts_of, facts_text
 
 PICTURE = np.full((20, 30, 3), 90, np.uint8)
 
