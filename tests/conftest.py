@@ -3,11 +3,16 @@ import pytest
 from offline import refuse_network
 
 
-def pytest_collection_modifyitems(items):
-    "What one process of `pytest -n` takes as a whole: a test file, and of the contract one model, so that nothing is fitted twice"
-    for item in items:
-        model = item.callspec.params.get("contract", "") if hasattr(item, "callspec") else ""
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.name} {model}"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "One process of `pytest -n` takes a test file as a whole, and of the contract a model, so that nothing is fitted twice"
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFileOrModel(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return nodeid.split("-")[0] if "test_contract[" in nodeid else nodeid.split("::")[0]
+
+    return ByFileOrModel(config, log)
 
 
 @pytest.fixture(autouse=True)

