@@ -34,7 +34,7 @@ def fit(images=GOOD, epochs=3, engine={}, **kw):
 
 @pytest.fixture(scope="module")
 def fitted():
-    return fit(epochs=12)
+    return fit(epochs=20)
 
 
 def test_ssim_is_that_of_each_window():
@@ -160,7 +160,7 @@ def test_damage_is_found():
         made["lr_scheduler"]["scheduler"].step()
     seen, mask = model.eval().damage_all(x.repeat(4, 1, 1, 1), range(10_000, 10_032))
     with torch.inference_mode():
-        assert auroc(model.net(seen).map.flatten(), mask.flatten()) > 0.8  # a guess has 0.5, fits of other seeds and thread counts 0.88 to 0.99
+        assert auroc(model.net(seen).map.flatten(), mask.flatten()) > 0.8  # a guess has 0.5, fits of other seeds and thread counts 0.90 to 0.99
 
 
 def test_score_is_the_highest_mean(fitted):
@@ -208,7 +208,7 @@ def test_one_seed_one_model():
 
 
 def test_parity_of_an_odd_size(tmp_path):
-    _, parity = export_model(fit(image_size=(50, 90), epochs=1), tmp_path / "m", "onnx", images=ODD)
+    _, parity = export_model(fit(image_size=(50, 90), epochs=8), tmp_path / "m", "onnx", images=ODD)
     assert parity.ok
 
 

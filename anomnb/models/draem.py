@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core.errors import AnomnbError
-from ..core.seeds import rng
+from ..core.seeds import rng, seeded
 from ..core.types import Raw
 from ..data.synthetic import Textures, texture
-from .decoders import convs, draw_dcgan, reconstructive, widen
+from .decoders import convs, reconstructive, widen
 from .discrepancy import check_places
 from .trained import Trained
 from ..processing.pre import Pre
@@ -42,12 +42,18 @@ class Discriminative(nn.Module):
         return self.out(x)
 
 # %% ../../nbs/models/25_draem.ipynb #7b83855d
+@torch.no_grad()
+def _drawn(m):
+    "As in the authors' code"
+    if isinstance(m, nn.Conv2d): m.weight.normal_(0, 0.02); m.bias.zero_()
+    if isinstance(m, nn.BatchNorm2d): m.weight.normal_(1, 0.02)
+
 class DraemNet(nn.Module):
     "An image, the image without damage, and where they tell of damage"
     def __init__(self, width:int=128, segment_width:int=64, seed:int=0):
         super().__init__()
-        self.reconstruct, self.segment = reconstructive(width), Discriminative(segment_width)
-        draw_dcgan(self, seed) # as in the authors' code
+        with seeded(seed):
+            self.reconstruct, self.segment = reconstructive(width).apply(_drawn), Discriminative(segment_width).apply(_drawn)
 
     def both(self, x): # reconstruction B×3×H×W, logits B×2×H×W
         h, w = x.shape[-2:]
