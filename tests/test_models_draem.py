@@ -150,9 +150,9 @@ def test_it_learns(fitted):
 def test_damage_is_found():
     "On plain parts, a short fit sees new damage"
     model = Draem(image_size=32, width=8, segment_width=8, lr=0.003).build().train()
-    model.total_batches = 120
+    model.total_batches = 240
     made, x = model.configure_optimizers(), torch.full((8, 3, 32, 32), 0.5)
-    for step in range(120):
+    for step in range(240):
         loss = model.loss(x, Batch(x, [""]*8, [(32, 32)]*8, index=list(range(8*step, 8*step + 8))))
         made["optimizer"].zero_grad()
         loss.backward()
@@ -160,7 +160,7 @@ def test_damage_is_found():
         made["lr_scheduler"]["scheduler"].step()
     seen, mask = model.eval().damage_all(x.repeat(4, 1, 1, 1), range(10_000, 10_032))
     with torch.inference_mode():
-        assert auroc(model.net(seen).map.flatten(), mask.flatten()) > 0.8  # a guess has 0.5, fits of other seeds and thread counts 0.90 to 0.99
+        assert auroc(model.net(seen).map.flatten(), mask.flatten()) > 0.9
 
 
 def test_score_is_the_highest_mean(fitted):
