@@ -71,7 +71,7 @@ MODELS = {
     "anomaly_dino": _row("anomaly_dino:AnomalyDino", "memory bank", "Damm et al., WACV 2025", {**_REAL, "coreset_ratio": 0.05},
                          measured="1.000 / 0.984"),
     "stfpm": _row("stfpm:Stfpm", "student and teacher", "Wang et al., BMVC 2021", {**_REAL, "image_size": 112, "layers": [1, 2]},
-                  measured="1.000 / 0.985", max_epochs=12, batch_size=8),
+                  measured="1.000 / 0.985", max_epochs=11, batch_size=4),
     "reverse_distillation": _row("reverse_distillation:ReverseDistillation", "student and teacher", "Deng and Li, CVPR 2022", _TINY,
                                  measured="1.000 / 0.988", max_epochs=12, batch_size=8),
     "fastflow": _row("fastflow:Fastflow", "flow", "Yu et al., 2021", {**_TINY, "steps": 4, "lr": 0.003}, measured="1.000 / 0.992", max_epochs=12, batch_size=8),
